@@ -1,6 +1,6 @@
 """Execute notebooks and, unless told not to, save their outputs in place.
 
-    python nbs/_tools/run_notebooks.py [--check] [NOTEBOOK ...]
+    python nbs/_tools/run_notebooks.py [--check] [--limit SECONDS] [NOTEBOOK ...]
 
 Without names: every chapter. Each notebook runs in a fresh interpreter with its own folder as the working folder,
 as in JupyterLab. Cells with `#| eval: false` are skipped. `--check` runs and reports, and writes nothing: that is
@@ -86,6 +86,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("notebooks", nargs="*", type=Path)
     parser.add_argument("--check", action="store_true", help="run, but leave the files alone")
+    parser.add_argument("--limit", type=float, default=0, help="fail when a notebook takes longer than this many seconds")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
@@ -98,7 +99,8 @@ def main() -> None:
         code = subprocess.run(command).returncode
         rows.append((time.perf_counter() - start, path.name))
         print(f"{'ran' if code == 0 else 'FAILED'}  {rows[-1][0]:6.1f} s  {path.name}", flush=True)
-        failed += [path.name] if code else []
+        too_slow = args.limit and rows[-1][0] > args.limit
+        failed += [f"{path.name} (over {args.limit:.0f} s)" if too_slow else path.name] if code or too_slow else []
     print(f"{len(rows)} notebooks, {sum(s for s, _ in rows):.0f} s; slowest: {max(rows)[1]}" if rows else "no notebooks")
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")
