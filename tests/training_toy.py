@@ -1,0 +1,62 @@
+"A training run small enough to be killed twenty times: the tiny shelf, 32 pixels, one convolution. Also a script for `accelerate launch`."
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from product_retrieval.data.pictures import PictureLoader, picture_transform
+from product_retrieval.data.shelf import load_shelf
+from product_retrieval.evaluation import positives_from_labels
+from product_retrieval.training import TrainConfig, fit, retrieval_validation
+
+
+class Classes(nn.Module):
+    "Softmax over the coarse categories with weights and a queue of its own, as the losses of later chapters have them."
+
+    def __init__(self, names: list[str], dim: int):
+        super().__init__()
+        self.numbers = {name: number for number, name in enumerate(sorted(set(names)))}
+        self.weight = nn.Parameter(torch.randn(len(self.numbers), dim) * 0.1)
+        self.register_buffer("queue", torch.zeros(16, dim))
+        self.category: dict[str, str] = {}
+
+    def forward(self, model, batch):
+        vectors = model(batch.pixels)
+        target = torch.tensor([self.numbers[self.category[item]] for item in batch.item_ids])
+        if self.training:
+            with torch.no_grad():
+                self.queue.copy_(torch.cat([vectors.detach(), self.queue])[: len(self.queue)])
+        loss = nn.functional.cross_entropy(vectors @ self.weight.T, target)
+        spread = vectors.std()
+        return {"loss": loss, "spread": spread}
+
+
+def parts(dropout: float = 0.2, train: bool = True):
+    "Model, objective, batches and validation of the toy run. GroupNorm, because BatchNorm sees a process's share only."
+    torch.manual_seed(0)
+    shop = load_shelf("tiny", seed=0)
+    catalog = shop.split("train")
+    model = nn.Sequential(nn.Conv2d(3, 8, 5, stride=4), nn.GroupNorm(2, 8), nn.ReLU(), nn.Dropout(dropout),
+                          nn.Flatten(), nn.Linear(8 * 7 * 7, 16))
+    objective = Classes(catalog.categories(), 16)
+    objective.category = dict(zip(catalog.ids, catalog.categories(), strict=True))
+    batches = PictureLoader(catalog, picture_transform(32, train=train), batch_size=10, shuffle=True, seed=1, workers=0)
+    sides = [PictureLoader(shop.split(s), picture_transform(32), workers=0) for s in ("val_query", "val_gallery")]
+    positives = positives_from_labels(shop.split("val_query").labels, shop.split("val_gallery").labels)
+    return model, objective, batches, retrieval_validation(*sides, positives, metrics=("MAR@10", "mAP@10"))
+
+
+def config(**changes) -> TrainConfig:
+    "Four epochs of three steps, with everything switched on."
+    return TrainConfig(**{**dict(epochs=4, learning_rate=0.01, accumulate=2, ema=0.8, validate_every=2, checkpoint_every=1,
+                                 device="cpu", tensorboard=False, rates={"objective": 2.0}), **changes})
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    model, objective, batches, validate = parts(dropout=0.0)
+    fit(model, objective, batches, config(epochs=6), Path(sys.argv[1]), validate)
