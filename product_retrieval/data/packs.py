@@ -15,16 +15,17 @@ from .shop import Product
 
 # %% auto #0
 __all__ = ['LIP_SILHOUETTES', 'FACE_SILHOUETTES', 'SKIN_SILHOUETTES', 'MASK_SILHOUETTES', 'HAIR_SILHOUETTES', 'SCENT_SILHOUETTES',
-           'SILHOUETTES', 'FONT_FILES', 'METAL_STRIPS', 'Part', 'rgb', 'luminance', 'readable', 'write_line',
-           'draw_flower', 'draw_waves', 'draw_mark', 'draw_icon', 'draw_motif', 'Sheet', 'paint_design', 'print_text',
-           'print_variant', 'label_texture', 'print_sideways', 'pans_texture', 'View', 'section', 'Surface',
-           'part_surface', 'normal_sideways', 'shade', 'part_colours', 'draw_part', 'fitted_parts', 'draw_pack']
+           'SILHOUETTES', 'FONT_FILES', 'METAL_STRIPS', 'PIXEL_STEPS', 'Part', 'rgb', 'luminance', 'readable',
+           'write_line', 'draw_flower', 'draw_waves', 'draw_mark', 'draw_icon', 'draw_motif', 'Sheet', 'paint_design',
+           'goods_colour', 'print_text', 'print_wide', 'print_variant', 'label_texture', 'print_sideways',
+           'pans_texture', 'View', 'section', 'Surface', 'part_window', 'part_surface', 'normal_sideways', 'shade',
+           'edges', 'part_colours', 'printed_sideways', 'draw_part', 'fitted_parts', 'smooth_outline', 'draw_pack']
 
-# %% ../../nbs/02b_packs.ipynb #92c3b8d2
+# %% ../../nbs/02b_packs.ipynb #bb3e50a1
 @dataclass(frozen=True)
 class Part:
     "One turned or pressed piece of a pack. Lengths in percent of the pack's height."
-    role: str  # what it is made of: pack, cap, metal, clear, goods, white, dark, mirror, pans
+    role: str  # what it is made of: pack, cap, metal, clear, goods, white, dark, mirror, pans, seal
     outline: tuple[tuple[float, float], ...]  # (height, half width) from bottom to top
     power: float = 2.0  # cross-section: 2 round, 4 oval, 8 nearly square, 0 flat, -1 carton
     label: bool = False  # carries the printed label
@@ -57,13 +58,13 @@ LIP_SILHOUETTES = {
                Part("pack", _tube(8, 75, 5), label=True), Part("metal", _tube(0, 8, 5.2))),
 }
 
-# %% ../../nbs/02b_packs.ipynb #563c9887
+# %% ../../nbs/02b_packs.ipynb #308d0f25
 FACE_SILHOUETTES = {
     "palette": (Part("cap", _tube(50, 100, 48), 0), Part("mirror", _tube(54, 97, 44), 0),
                 Part("pack", _tube(0, 50, 48), 0), Part("pans", _tube(4, 47, 44), 0)),
     "compact": (Part("cap", _disc(40, 100), 0), Part("mirror", _disc(44, 96), 0),
                 Part("pack", _disc(0, 60), 0), Part("pans", _disc(5, 55), 0)),
-    "pan": (Part("pack", _disc(0, 100), 0), Part("pans", _disc(8, 92), 0), Part("clear", _disc(8, 92), 0, label=True)),
+    "pan": (Part("pack", _disc(0, 100), 0), Part("pans", _disc(9, 91), 0), Part("clear", _disc(9, 91), 0, label=True)),
     "foundation": (Part("goods", _tube(2, 59, 17), 6), Part("clear", ((0, 18), (2, 20), (56, 20), (61, 17), (64, 8)), 6, True),
                    Part("metal", _tube(63, 69, 8)), Part("cap", _tube(68, 100, 9.5))),
     "polish": (Part("goods", ((2, 19), (36, 19), (44, 13))), Part("clear", ((0, 20), (3, 22), (36, 22), (46, 15), (52, 8)), 3, True),
@@ -84,9 +85,10 @@ SKIN_SILHOUETTES = {
                  Part("cap", _tube(0, 22, 8, 5))),
 }
 
-# %% ../../nbs/02b_packs.ipynb #d64a4659
+# %% ../../nbs/02b_packs.ipynb #f170d782
 MASK_SILHOUETTES = {
-    "sachet": (Part("pack", _tube(0, 100, 36, 36, 0.8), 0, True),),
+    "sachet": (Part("pack", _tube(4, 96, 36, 36, 0.3), 0, True), Part("seal", _tube(0, 6, 36, 36, 0.5), 0),
+               Part("seal", _tube(94, 100, 36, 36, 0.5), 0)),
     "tub": (Part("pack", ((0, 46), (4, 52), (68, 54), (72, 50)), 2, True), Part("cap", _tube(71, 100, 55, 55, 3))),
     "flattube": (Part("pack", ((17, 17), (23, 19), (94, 19.5), (100, 17.5)), 5, True), Part("cap", _tube(0, 18, 15.5), 4)),
     "sunstick": (Part("white", ((70, 16), (92, 16), (98, 11), (100, 6)), 4), Part("metal", _tube(64, 71, 17.5), 4),
@@ -96,11 +98,11 @@ MASK_SILHOUETTES = {
     "tottle": (Part("pack", ((14, 17), (22, 19), (70, 16), (94, 11), (100, 7)), 4, True), Part("cap", _tube(0, 17, 17), 4)),
 }
 
-# %% ../../nbs/02b_packs.ipynb #4cc52ffc
+# %% ../../nbs/02b_packs.ipynb #42d6be42
 HAIR_SILHOUETTES = {
     "aerosol": (Part("pack", _tube(0, 78, 11.5), 2, True), Part("metal", ((77, 11.4), (81, 10), (84, 7))),
                 Part("cap", ((82, 9.6), (96, 9.4), (100, 7)))),
-    "tin": (Part("metal", _tube(0, 52, 94, 94, 3)), Part("pack", _tube(46, 100, 98, 98, 5), 2, True)),
+    "tin": (Part("metal", _disc(0, 100), 0), Part("pack", _disc(3.5, 96.5), 0, True)),
     "oil": (Part("goods", ((2, 13), (52, 13), (60, 8))), Part("clear", ((0, 14), (2, 15.5), (52, 15.5), (62, 9), (66, 6)), 2, True),
             Part("dark", _tube(65, 72, 6.5)), Part("dark", _tube(72, 84, 2.2)), Part("cap", _tube(84, 92, 6)),
             Part("cap", _tube(86, 91, 5), 0, False, 7)),
@@ -296,7 +298,7 @@ def _motif_item(draw, motif, x, y, step, colour):
     else:
         draw.rectangle((x, y, x + step / 2, y + step / 2), fill=colour)
 
-# %% ../../nbs/02b_packs.ipynb #754cb5da
+# %% ../../nbs/02b_packs.ipynb #2a3a43ec
 @dataclass
 class Sheet:
     "A label being printed: the drawing, its size, and the box of the front that a viewer sees."
@@ -306,111 +308,170 @@ class Sheet:
     left: float
     right: float
     product: Product
-    paper: str = "#ffffff"  # colour under the text
+    glass: bool = False  # printed on clear glass
 
     @property
     def centre(self) -> float: return (self.left + self.right) / 2
     @property
     def front(self) -> float: return self.right - self.left
 
-# %% ../../nbs/02b_packs.ipynb #a88c035d
+# %% ../../nbs/02b_packs.ipynb #f8d1f2cd
 def _fade(colour: str, towards: str, share: float) -> str:
     "A colour between two, `share` of the way."
     mixed = rgb(colour) * (1 - share) + rgb(towards) * share
     return "#" + "".join(f"{int(255 * c):02x}" for c in mixed)
 
-def paint_design(sheet: Sheet) -> None:
-    "Bands, panels and ornament of the line; sets the colour that text stands on."
-    line, draw, w, h = sheet.product.line, sheet.draw, sheet.width, sheet.height
-    second = line.second
-    draw_motif(draw, line.motif, w, h, _fade(line.pack, second, 0.28), sheet.front / 3.2)
-    l, r = sheet.left + 0.06 * sheet.front, sheet.right - 0.06 * sheet.front
-    shapes = {"band": [(0, 0.14 * h, w, 0.46 * h)], "panel": [(l, 0.1 * h, r, 0.9 * h)], "split": [(0, 0.56 * h, w, h)],
-              "stripe": [(l + 0.05 * sheet.front, 0, r - 0.05 * sheet.front, h)], "frame": [(l, 0.07 * h, r, 0.93 * h)]}
-    for box in shapes.get(line.design, []):
-        draw.rectangle(box, fill=second if line.design != "frame" else _fade(line.pack, "#ffffff", 0.5), outline=second, width=max(int(0.03 * sheet.front), 1))
-    if line.design == "arch":
-        draw.pieslice((l, 0.08 * h, r, 0.08 * h + (r - l)), 180, 360, fill=second)
-        draw.rectangle((l, min(0.08 * h + (r - l) / 2 - 1, h), r, h), fill=second)
-    if line.design == "diagonal":
-        draw.polygon([(0, 0.75 * h), (w, 0.5 * h), (w, h), (0, h)], fill=second)
+def _shapes(sheet: Sheet) -> list[tuple[float, float, float, float]]:
+    "Rectangles in the second colour, by design."
+    w, h, front = sheet.width, sheet.height, sheet.front
+    left, right = sheet.left + 0.08 * front, sheet.right - 0.08 * front
+    shapes = {"band": (0, 0.13 * h, w, 0.5 * h), "panel": (left, 0.07 * h, right, 0.94 * h), "split": (0, 0.54 * h, w, h),
+              "stripe": (left + 0.05 * front, 0, right - 0.05 * front, h), "frame": (left, 0.06 * h, right, 0.94 * h)}
+    return [shapes[sheet.product.line.design]] if sheet.product.line.design in shapes else []
 
-# %% ../../nbs/02b_packs.ipynb #3f197982
+def paint_design(sheet: Sheet) -> None:
+    "Bands, panels and ornament of the line."
+    line, draw, w, h = sheet.product.line, sheet.draw, sheet.width, sheet.height
+    draw_motif(draw, line.motif, w, h, _fade(line.pack, line.second, 0.25), sheet.front / 3.2)
+    for box in _shapes(sheet):
+        fill = _fade(line.pack, "#ffffff", 0.6) if line.design == "frame" else line.second
+        draw.rectangle(box, fill=fill, outline=line.second, width=max(int(0.02 * sheet.front), 1))
+    if line.design == "arch":
+        left, right, top = sheet.left + 0.06 * sheet.front, sheet.right - 0.06 * sheet.front, 0.06 * h
+        draw.pieslice((left, top, right, top + right - left), 180, 360, fill=line.second)
+        draw.rectangle((left, min(top + (right - left) / 2 - 1, h), right, h), fill=line.second)
+    if line.design == "diagonal":
+        draw.polygon([(0, 0.72 * h), (w, 0.42 * h), (w, h), (0, h)], fill=line.second)
+
+# %% ../../nbs/02b_packs.ipynb #d7a06cfb
 def _papers(sheet: Sheet) -> tuple[str, str]:
     "Colours under the upper and the lower half of the text."
     line = sheet.product.line
+    if sheet.glass:
+        return (line.pack,) * 2 if _has_sticker(line) else (goods_colour(sheet.product),) * 2
     upper = {"band": line.second, "panel": line.second, "stripe": line.second, "arch": line.second,
-             "frame": _fade(line.pack, "#ffffff", 0.5)}.get(line.design, line.pack)
-    lower = {"band": line.pack, "split": line.second, "diagonal": line.second}.get(line.design, upper)
+             "frame": _fade(line.pack, "#ffffff", 0.6)}.get(line.design, line.pack)
+    lower = {"band": line.pack, "split": line.second, "diagonal": line.second,
+             "ombre": _fade(line.pack, line.second, 0.6)}.get(line.design, upper)
     return upper, lower
 
+def _has_sticker(line) -> bool:
+    "Whether a glass pack of this line wears a paper label; the others are printed on the glass."
+    return line.design not in ("minimal", "diagonal", "band", "ombre")
+
+def goods_colour(product: Product) -> str:
+    "Colour of what is inside: the shade, a tint of the scent, or of the line."
+    if product.number:
+        return product.colours[0]
+    return _fade(product.colours[0] if product.icon else product.line.second, "#ffffff", 0.45)
+
+# %% ../../nbs/02b_packs.ipynb #95f3c7a2
 def print_text(sheet: Sheet) -> None:
-    "Logo, brand, line, variant and amount."
+    "The label of an upright pack: logo, brand, line, variant and amount, from top to bottom."
     p, h, x, front = sheet.product, sheet.height, sheet.centre, sheet.front
     brand, (upper, lower) = p.line.brand, _papers(sheet)
     ink, under = readable(brand.ink, upper), readable(brand.ink, lower)
-    big = min(0.13 * h, 0.24 * front)
-    draw_mark(sheet.draw, brand.mark, x, 0.2 * h, 0.55 * big, readable(brand.accent, upper))
-    write_line(sheet.draw, brand.name, brand.face, ink, (x, 0.345 * h), 0.74 * front, big)
-    write_line(sheet.draw, p.line.name, "sans", ink, (x, 0.345 * h + 0.85 * big), 0.7 * front, 0.6 * big)
+    big = min(0.13 * h, 0.25 * front)
+    middle = 0.33 * h
+    draw_mark(sheet.draw, brand.mark, x, middle - 1.25 * big, 0.55 * big, readable(brand.accent, upper))
+    write_line(sheet.draw, brand.name, brand.face, ink, (x, middle), 0.74 * front, big)
+    write_line(sheet.draw, p.line.name, "sans", ink, (x, middle + 0.85 * big), 0.72 * front, 0.58 * big)
     print_variant(sheet, under, lower, big)
-    write_line(sheet.draw, f"{p.amount} {p.line.leaf.unit}", "sans-bold", under, (x, 0.88 * h), 0.5 * front, 0.62 * big)
+    write_line(sheet.draw, f"{p.amount} {p.line.leaf.unit}", "sans-bold", under, (x, 0.88 * h), 0.5 * front, 0.66 * big)
 
-# %% ../../nbs/02b_packs.ipynb #82ae7047
-def print_variant(sheet: Sheet, ink: str, paper: str, big: float) -> None:
-    "What tells one variant from the next: swatch, icon, word, number."
+def print_wide(sheet: Sheet) -> None:
+    "The label of a low pack: brand and line above, variant and amount in one row below."
     p, h, x, front = sheet.product, sheet.height, sheet.centre, sheet.front
-    y, r = 0.64 * h, 0.62 * big
-    if p.icon:
-        _round(sheet.draw, x, y, 1.35 * r, "#fffdf8")
-        draw_icon(sheet.draw, p.icon, x, y, r, p.colours[0])
-    elif p.number:
-        _round(sheet.draw, x, y, r, p.colours[0], readable("#ffffff", paper), 0.15 * r)
-    elif p.variant:
-        sheet.draw.rectangle((x - 0.36 * front, y - 0.6 * r, x + 0.36 * front, y + 0.6 * r), fill=p.colours[0])
-        write_line(sheet.draw, p.variant, "sans-bold", readable("#ffffff", p.colours[0]), (x, y), 0.66 * front, 0.95 * r)
-        return
-    words = f"{p.number} {p.variant}" if p.number else p.variant
-    if words:
-        write_line(sheet.draw, words, "sans-bold", ink, (x, y + 2.1 * r), 0.72 * front, 0.7 * big)
+    brand, (upper, lower) = p.line.brand, _papers(sheet)
+    ink, under, big = readable(brand.ink, upper), readable(brand.ink, lower), 0.24 * h
+    used = write_line(sheet.draw, brand.name, brand.face, ink, (x, 0.27 * h), 0.6 * front, big)
+    draw_mark(sheet.draw, brand.mark, x - used / 2 - 0.7 * big, 0.27 * h, 0.5 * big, readable(brand.accent, upper))
+    write_line(sheet.draw, p.line.name, "sans", ink, (x, 0.48 * h), 0.6 * front, 0.14 * h)
+    side = x if not p.variant else x + 0.27 * front
+    write_line(sheet.draw, f"{p.amount} {p.line.leaf.unit}", "sans-bold", under, (side, 0.76 * h), 0.2 * front, 0.17 * h)
+    if p.variant:
+        low = Sheet(sheet.draw, sheet.width, sheet.height, x - 0.37 * front, x + 0.13 * front, p, sheet.glass)
+        print_variant(low, under, lower, 0.2 * h, row=0.74 * h)
 
-# %% ../../nbs/02b_packs.ipynb #1e4ced25
-@functools.lru_cache(maxsize=256)
-def label_texture(product: Product, aspect: float, pixels: int, see_through: bool) -> np.ndarray:
+# %% ../../nbs/02b_packs.ipynb #a0609cb2
+def print_variant(sheet: Sheet, ink: str, paper: str, big: float, row: float | None = None) -> None:
+    "What tells one variant from the next: a bar with a word, or a swatch or icon with its word below or, in a row, beside."
+    p, h, x, front = sheet.product, sheet.height, sheet.centre, sheet.front
+    y, r = (0.62 * h if row is None else row), 0.72 * big
+    words = f"{p.number} {p.variant}" if p.number else p.variant
+    if p.variant and not (p.number or p.icon):
+        sheet.draw.rectangle((x - 0.42 * front, y - 0.85 * r, x + 0.42 * front, y + 0.85 * r), fill=p.colours[0])
+        write_line(sheet.draw, words, "sans-bold", readable("#ffffff", p.colours[0]), (x, y), 0.76 * front, 1.2 * r)
+    elif words:
+        spot = (x, y) if row is None else (x - 0.3 * front, y)
+        _spot(sheet, *spot, r, paper)
+        text = (x, y + 1.95 * r) if row is None else (x + 0.16 * front, y)
+        write_line(sheet.draw, words, "sans-bold", ink, text, 0.76 * front if row is None else 0.6 * front, 0.72 * big)
+
+def _spot(sheet: Sheet, x: float, y: float, r: float, paper: str) -> None:
+    "The icon of a scent on a white disc, or the swatch of a shade."
+    p = sheet.product
+    if p.icon:
+        _round(sheet.draw, x, y, 1.3 * r, "#fffdf8")
+        draw_icon(sheet.draw, p.icon, x, y, r, p.colours[0])
+        return
+    wide = 2 * r / len(p.colours)
+    for i, colour in enumerate(p.colours):
+        sheet.draw.rectangle((x - r + i * wide, y - r * 0.8, x - r + (i + 1) * wide, y + 0.8 * r), fill=colour)
+    sheet.draw.rectangle((x - r, y - 0.8 * r, x + r, y + 0.8 * r), outline=readable("#ffffff", paper), width=max(int(0.12 * r), 1))
+
+# %% ../../nbs/02b_packs.ipynb #338b3998
+def _paper_image(product: Product, size: tuple[int, int], glass: bool) -> Image.Image:
+    "An unprinted label: clear on glass, the pack's colour elsewhere, running into the second colour for `ombre`."
+    line = product.line
+    if glass:
+        return Image.new("RGBA", size, (0, 0, 0, 0))
+    image = Image.new("RGBA", size, line.pack)
+    if line.design == "ombre":
+        image.paste(line.second, (0, 0), Image.linear_gradient("L").resize(size))
+    return image
+
+@functools.lru_cache(maxsize=512)
+def label_texture(product: Product, aspect: float, pixels: int, sideways: bool, glass: bool) -> np.ndarray:
     "The printed label unrolled, RGBA in 0..1, twice as wide as the front; tall thin packs are printed sideways."
-    sideways = aspect > 2.6
-    front, height = (int(pixels * aspect), pixels) if sideways else (pixels, int(pixels * aspect))
-    front, height = max(front, 8), max(height, 8)
-    paper = (0, 0, 0, 0) if see_through else product.line.pack
-    image = Image.new("RGBA", (front if sideways else 2 * front, 2 * height if sideways else height), paper)
-    sheet = Sheet(ImageDraw.Draw(image), image.width, image.height, 0, front, product)
-    if not sideways:
-        sheet.left, sheet.right = front / 2, 1.5 * front
-    _print(sheet, sideways, see_through)
+    front, height = max(pixels, 8), max(int(pixels * aspect), 8)
+    size = (height, 2 * front) if sideways else (2 * front, height)
+    image = _paper_image(product, size, glass)
+    edge = 0 if sideways else front / 2
+    sheet = Sheet(ImageDraw.Draw(image), *size, edge, size[0] - edge, product, glass)
+    _print(sheet, sideways)
     if sideways:
         image = image.rotate(90, expand=True)
     return np.asarray(image, np.float32) / 255
 
-# %% ../../nbs/02b_packs.ipynb #a4617b87
-def _print(sheet: Sheet, sideways: bool, see_through: bool) -> None:
-    "Design and text; on a sideways label along the pack, on glass without the ornament."
-    if not see_through:
+# %% ../../nbs/02b_packs.ipynb #cc042479
+def _print(sheet: Sheet, sideways: bool) -> None:
+    "Design and text; on glass a paper label at most."
+    w, h = sheet.front, sheet.height
+    if not sheet.glass and not sideways:
         paint_design(sheet)
-    elif sheet.product.line.design not in ("minimal", "diagonal", "band"):
-        sheet.draw.rectangle((sheet.left + 0.1 * sheet.front, 0.1 * sheet.height, sheet.right - 0.1 * sheet.front, 0.95 * sheet.height), fill=sheet.product.line.pack)
-    print_sideways(sheet) if sideways else print_text(sheet)
+    elif sheet.glass and _has_sticker(sheet.product.line) and not sideways:
+        box = (sheet.left + 0.1 * w, 0.06 * h, sheet.right - 0.1 * w, 0.95 * h)
+        sheet.draw.rounded_rectangle(box, 0.03 * w, fill=sheet.product.line.pack)
+    if sideways:
+        print_sideways(sheet)
+    elif h < 0.8 * w:
+        print_wide(sheet)
+    else:
+        print_text(sheet)
 
 def print_sideways(sheet: Sheet) -> None:
-    "One row: logo, brand, line, swatch, variant."
-    p, w, y = sheet.product, sheet.width, sheet.height / 2
-    big = 0.3 * sheet.height
-    paper = _papers(sheet)[0]
-    ink = readable(p.line.brand.ink, paper)
-    draw_mark(sheet.draw, p.line.brand.mark, 0.1 * w, y, 0.5 * big, ink)
-    write_line(sheet.draw, p.line.brand.name, p.line.brand.face, ink, (0.36 * w, y), 0.4 * w, big)
-    _round(sheet.draw, 0.63 * w, y, 0.5 * big, p.colours[0], ink, 0.06 * big)
-    words = f"{p.number} {p.variant}" if p.number else p.variant or f"{p.amount} {p.line.leaf.unit}"
-    write_line(sheet.draw, words, "sans-bold", ink, (0.82 * w, y), 0.26 * w, 0.9 * big)
+    "One row along the pack: logo, brand, swatch, variant; a coloured end for some designs."
+    p, w, y, big = sheet.product, sheet.width, sheet.height / 2, 0.23 * sheet.height
+    line, paper = p.line, goods_colour(p) if sheet.glass else p.line.pack
+    if not sheet.glass and line.design in ("band", "split", "panel", "arch"):
+        sheet.draw.rectangle((0, 0, 0.17 * w, sheet.height), fill=line.second)
+    ink = readable(line.brand.ink, paper)
+    draw_mark(sheet.draw, line.brand.mark, 0.24 * w, y, 0.42 * big, ink)
+    write_line(sheet.draw, line.brand.name, line.brand.face, ink, (0.45 * w, y), 0.3 * w, big)
+    _spot(sheet, 0.68 * w, y, 0.42 * big, paper)
+    words = f"{p.number} {p.variant}" if p.number else p.variant or f"{p.amount} {line.leaf.unit}"
+    write_line(sheet.draw, words, "sans-bold", ink, (0.85 * w, y), 0.22 * w, 0.8 * big)
 
 # %% ../../nbs/02b_packs.ipynb #5bfe4015
 @functools.lru_cache(maxsize=128)
@@ -448,7 +509,7 @@ def section(u: np.ndarray, power: float) -> np.ndarray:
         return np.where(u < 0.45, (u + 1) / 1.45, (1 - u) / 0.55).clip(0, 1) * 0.7
     return (1 - a**power) ** (1 / power)
 
-# %% ../../nbs/02b_packs.ipynb #c9e50ad7
+# %% ../../nbs/02b_packs.ipynb #2c68de5d
 @dataclass
 class Surface:
     "Where a part is seen: per pixel the sideways place, depth, height on the part, and how far the pixel is covered."
@@ -458,15 +519,25 @@ class Surface:
     cover: np.ndarray
     top: np.ndarray  # coverage by the upper face
 
+def part_window(part: Part, x: np.ndarray, y: np.ndarray, tilt: float) -> tuple[slice, slice]:
+    "Rows and columns that a part can cover, so that the rest of the canvas is left alone."
+    heights, widths = np.array(part.outline).T
+    reach = tilt * widths.max() + 1
+    rows = np.flatnonzero((y[:, 0] > heights[0] - reach) & (y[:, 0] < heights[-1] + reach))
+    columns = np.flatnonzero(np.abs(x[0] - part.shift) < widths.max() + 1)
+    if not len(rows) or not len(columns):
+        return slice(0, 0), slice(0, 0)
+    return slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
+
 def part_surface(part: Part, x: np.ndarray, y: np.ndarray, tilt: float, scale: float) -> Surface:
     "Project one part; `x`, `y` in percent of the pack's height, `scale` pixels per percent."
-    heights, widths = np.array(part.outline).T
+    heights, widths = np.array(part.outline, np.float32).T
     low, high, x = heights[0], heights[-1], x - part.shift
     level, power = np.broadcast_to(y, (len(y), x.shape[1])), part.power
     for _ in range(2):
-        width = np.interp(level, heights, widths)
-        u = np.clip(x / width, -1, 1)
-        depth = section(u, power)
+        width = np.interp(level, heights, widths).astype(np.float32)
+        u = np.clip(x / (width if power else widths.max()), -1, 1)
+        depth = section(u, power).astype(np.float32)
         level = y + tilt * width * depth
     inside = np.clip((width - np.abs(x)) * scale + 0.5, 0, 1)
     cover = inside * np.clip((level - low) * scale + 0.5, 0, 1) * np.clip((high - level) * scale + 0.5, 0, 1)
@@ -489,7 +560,7 @@ def normal_sideways(u: np.ndarray, depth: np.ndarray, power: float) -> np.ndarra
     across, ahead = np.sign(u) * np.abs(u) ** (power - 1), np.maximum(depth, 1e-3) ** (power - 1)
     return across / np.hypot(across, ahead)
 
-# %% ../../nbs/02b_packs.ipynb #fadab4b4
+# %% ../../nbs/02b_packs.ipynb #6d14b4cd
 METAL_STRIPS = ((-1, -0.8, -0.55, -0.35, -0.1, 0.2, 0.45, 0.62, 0.8, 1), (0.45, 0.7, 1.25, 0.8, 0.6, 0.85, 0.7, 1.15, 0.75, 0.4))
 
 def shade(normal: np.ndarray, light: float, finish: str) -> tuple[np.ndarray, np.ndarray]:
@@ -497,16 +568,28 @@ def shade(normal: np.ndarray, light: float, finish: str) -> tuple[np.ndarray, np
     facing = np.sqrt(np.clip(1 - normal**2, 0, 1))
     bright = 0.60 + 0.42 * facing + 0.16 * normal * light
     if finish == "metal":
-        bright = np.interp(normal - 0.25 * light, *METAL_STRIPS)
-    near = {"matte": (0.10, 0.30), "gloss": (0.55, 0.11), "glass": (0.75, 0.08), "metal": (0.35, 0.10)}[finish]
+        bright = np.interp(normal - 0.25 * light, *METAL_STRIPS).astype(np.float32)
+    near = {"matte": (0.10, 0.30), "gloss": (0.50, 0.11), "glass": (0.75, 0.08), "metal": (0.35, 0.10)}[finish]
     strip = near[0] * np.exp(-(((normal - 0.62 * light) / near[1]) ** 2))
     rim = 0.35 * near[0] * np.exp(-(((normal + 0.85 * np.sign(light or 1)) / 0.07) ** 2))
     return bright, strip + rim
 
-# %% ../../nbs/02b_packs.ipynb #abec88b9
+def edges(part: Part, surface: Surface, view: View, ribbed: bool) -> np.ndarray:
+    "Small light on the upper edge of a part, shadow at its lower edge, a soft gradient on flat ones, ribs on some caps."
+    low, high = part.outline[0][0], part.outline[-1][0]
+    relief = 0.14 * np.exp(-(((high - surface.level) / 1.1) ** 2)) - 0.22 * np.exp(-(((surface.level - low) / 1.3) ** 2))
+    if part.power == 0:
+        relief += 0.10 * view.light * surface.u + 0.08 * (surface.level - low) / (high - low) - 0.04
+    if part.role == "seal":
+        relief += 0.10 * np.sin(surface.level * 4)
+    if ribbed and part.role == "cap" and part.power == 2:
+        relief += 0.09 * np.sin(np.arcsin(surface.u) * 26)
+    return relief.astype(np.float32)
+
+# %% ../../nbs/02b_packs.ipynb #950a0483
 def _finish(part: Part, line) -> str:
     "Which finish a role has."
-    fixed = {"metal": "metal", "clear": "glass", "goods": "gloss", "white": "matte", "dark": "gloss", "mirror": "gloss", "pans": "matte"}
+    fixed = {"metal": "metal", "clear": "glass", "goods": "gloss", "white": "matte", "dark": "gloss", "mirror": "gloss", "pans": "matte", "seal": "gloss"}
     usual = "gloss" if line.finish in ("glass", "metal") else line.finish
     if part.role == "cap" and line.cap == line.brand.metal and line.finish != "matte":
         return "metal"
@@ -515,9 +598,10 @@ def _finish(part: Part, line) -> str:
 def _colour(part: Part, product: Product) -> np.ndarray:
     "The plain colour of a part."
     line = product.line
-    goods = product.colours[0] if product.number or product.icon else _fade(line.second, "#ffffff", 0.35)
+    goods = goods_colour(product)
     return rgb({"pack": line.pack, "cap": line.cap, "metal": line.brand.metal, "clear": "#eef3f4", "goods": goods,
-                "white": "#f4efe6", "dark": "#2a2a2d", "mirror": "#c7d4da", "pans": goods}[part.role])
+                "white": "#f4efe6", "dark": "#2a2a2d", "mirror": "#c7d4da", "pans": goods,
+                "seal": _fade(line.pack, line.second, 0.3)}[part.role])
 
 # %% ../../nbs/02b_packs.ipynb #31ed34e5
 def _texture_at(texture: np.ndarray, across: np.ndarray, down: np.ndarray) -> np.ndarray:
@@ -552,50 +636,87 @@ def part_colours(part: Part, product: Product, surface: Surface, view: View) -> 
         colour, opacity = _with_label(part, product, surface, view, colour, opacity, down)
     return colour, opacity
 
-# %% ../../nbs/02b_packs.ipynb #df1120d3
+# %% ../../nbs/02b_packs.ipynb #c24cc614
+PIXEL_STEPS = (24, 36, 54, 80, 120, 180, 270, 400, 600, 900)  # label sizes, so that one label serves many pictures
+
 def _with_label(part, product, surface, view, colour, opacity, down):
     "Lay the printed label on a part."
     heights, widths = np.array(part.outline).T
     aspect = (heights[-1] - heights[0]) / (2 * np.median(widths))
-    pixels = max(int(2 * widths.max() / 100 * view.height * 1.3), 24)
-    texture = label_texture(product, round(float(aspect), 2), pixels, part.role == "clear")
+    needed = 2 * widths.max() / 100 * view.height * 1.3
+    pixels = next((step for step in PIXEL_STEPS if step >= needed), PIXEL_STEPS[-1])
+    texture = label_texture(product, round(float(aspect), 2), pixels, printed_sideways(product), part.role == "clear")
     printed = _texture_at(texture, _unroll(surface.u, part.power, view.yaw), down)
     ink = printed[..., 3:]
     return colour * (1 - ink) + printed[..., :3] * ink, np.maximum(opacity, printed[..., 3])
 
-# %% ../../nbs/02b_packs.ipynb #4c78c95a
+@functools.lru_cache(maxsize=4096)
+def printed_sideways(product: Product) -> bool:
+    "Whether the label runs along the pack: decided by the line, so that all its variants agree."
+    part = next(p for p in SILHOUETTES[product.line.leaf.silhouette] if p.label)
+    heights, widths = np.array(part.outline).T
+    return bool((heights[-1] - heights[0]) / (2 * np.median(widths) * product.line.slim) > 3.4)
+
+# %% ../../nbs/02b_packs.ipynb #2c742def
 def _over(canvas: np.ndarray, colour: np.ndarray, alpha: np.ndarray) -> None:
     "Lay a colour over the canvas (RGBA, colours multiplied by alpha), in place."
-    canvas *= 1 - alpha[..., None]
-    canvas[..., :3] += colour * alpha[..., None]
-    canvas[..., 3] += alpha
+    alpha = alpha[..., None]
+    canvas *= 1 - alpha
+    canvas[..., :3] += colour * alpha
+    canvas[..., 3:] += alpha
 
 def draw_part(canvas: np.ndarray, part: Part, product: Product, x, y, view: View, scale: float) -> None:
     "Draw one part on the canvas: colour, light, highlight, upper face."
+    rows, columns = part_window(part, x, y, view.tilt)
+    x, y, canvas = x[:, columns], y[rows], canvas[rows, columns]
+    if not canvas.size:
+        return
     surface = part_surface(part, x, y, view.tilt, scale)
     colour, opacity = part_colours(part, product, surface, view)
-    finish = _finish(part, product.line)
-    bright, strip = shade(normal_sideways(surface.u, surface.depth, part.power), view.light, finish)
+    bright, strip = shade(normal_sideways(surface.u, surface.depth, part.power), view.light, _finish(part, product.line))
+    bright = bright + edges(part, surface, view, product.line.ribs)
     colour = np.clip(colour * bright[..., None] + strip[..., None], 0, 1)
-    _over(canvas, colour, surface.cover * np.maximum(opacity, strip))
+    _over(canvas, colour, surface.cover * np.maximum(opacity, np.minimum(strip, 1)))
     if view.tilt > 0 and part.power:
-        lid = np.clip(_colour(part, product) * (1.08 if part.role != "clear" else 1.0), 0, 1)
+        lid = np.clip(_colour(part, product) * 1.08, 0, 1)
         _over(canvas, lid, surface.top * (0.3 if part.role == "clear" else 1.0))
 
-# %% ../../nbs/02b_packs.ipynb #197ef1c3
+# %% ../../nbs/02b_packs.ipynb #5f8e51f3
+def _taller(height: float, limit: float, tall: float) -> float:
+    "Where a height goes when the body below `limit` grows by `tall` and the cap above gives way."
+    if height <= limit:
+        return height * tall
+    return limit * tall + (height - limit) * (100 - limit * tall) / (100 - limit)
+
+@functools.lru_cache(maxsize=4096)
 def fitted_parts(product: Product) -> tuple[Part, ...]:
     "The parts of a product: its silhouette with the proportions of line and variant."
-    line = product.line
-    size = product.bulk ** (1 / 3)
-    slim = line.slim * (size if product.line.leaf.axis == "size" else 1.0)
-    return tuple(Part(p.role, tuple((h, w * slim) for h, w in p.outline), p.power, p.label, p.shift * slim)
-                 for p in SILHOUETTES[line.leaf.silhouette])
+    line, parts = product.line, SILHOUETTES[product.line.leaf.silhouette]
+    slim = line.slim * product.bulk**0.2
+    top = max((p.outline[-1][0] for p in parts if p.label and p.power), default=100)
+    tall, limit = (min(line.tall, 92 / top), top) if top < 90 else (1.0, 100)
+    if all(p.power == 0 for p in parts) and line.leaf.silhouette != "sachet":
+        slim = 1.0
+    moved = [tuple((_taller(h, limit, tall), w * slim) for h, w in p.outline) for p in parts]
+    return tuple(Part(p.role, smooth_outline(o), p.power, p.label, p.shift * slim) for p, o in zip(parts, moved, strict=True))
+
+def smooth_outline(outline: tuple, reach: float = 2.4) -> tuple:
+    "Round the corners of an outline over `reach` percent of the pack's height."
+    heights, widths = np.array(outline).T
+    if len(outline) > 12 or heights[-1] - heights[0] < 3 * reach:
+        return outline
+    fine = np.linspace(heights[0], heights[-1], 80)
+    step = (fine[-1] - fine[0]) / 79
+    half = max(int(reach / step / 2), 1)
+    padded = np.pad(np.interp(fine, heights, widths), half, mode="reflect", reflect_type="odd")
+    soft = np.convolve(padded, np.ones(2 * half + 1) / (2 * half + 1), "valid")
+    return tuple(zip(fine.tolist(), np.maximum(soft, 0.2).tolist(), strict=True))
 
 def draw_pack(product: Product, view: View = View()) -> Image.Image:
     "A product as seen: an RGBA picture with transparent surroundings, cut to the pack."
     parts = fitted_parts(product)
     half = max(w + abs(p.shift) for p in parts for _, w in p.outline)
-    scale = view.height * product.line.tall / 100
+    scale = view.height / 100
     columns, rows = 2 * math.ceil((half + 2) * scale), math.ceil((104 + 2 * view.tilt * half) * scale)
     x = ((np.arange(columns) + 0.5 - columns / 2) / scale)[None, :].astype(np.float32)
     y = ((rows - 0.5 - np.arange(rows)) / scale - 2 - view.tilt * half)[:, None].astype(np.float32)
