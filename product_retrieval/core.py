@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import IO, Any
 
 # %% auto #0
-__all__ = ['InputError', 'did_you_mean', 'atomic_file', 'atomic_folder', 'write_json', 'read_json', 'sha256_of', 'human_size',
-           'cache_dir', 'quick', 'pick_device', 'seed_everything', 'require']
+__all__ = ['LIBRARIES', 'FEATURES', 'InputError', 'did_you_mean', 'atomic_file', 'atomic_folder', 'write_json', 'read_json',
+           'sha256_of', 'human_size', 'cache_dir', 'quick', 'pick_device', 'seed_everything', 'require', 'examine']
 
 # %% ../nbs/00b_house.ipynb #1533f526
 class InputError(ValueError):
@@ -184,3 +184,57 @@ def require(
         return importlib.import_module(module)
     except ImportError as error:
         raise InputError(f"{feature} needs {module}, which is not installed; run: pip install {package or module}") from error
+
+# %% ../nbs/00b_house.ipynb #f764d169
+LIBRARIES = ("torch", "torchvision", "timm", "open_clip_torch", "faiss-cpu", "accelerate", "numpy", "pandas", "pyarrow", "pillow")
+FEATURES = {
+    "jupyterlab": ("the chapters in JupyterLab", "pip install 'product_retrieval[dev]'"),
+    "nbdev": ("exporting the notebooks", "pip install 'product_retrieval[dev]'"),
+    "transformers": ("open_clip models with a Hugging Face text tower", "pip install transformers"),
+}
+
+
+def examine() -> dict[str, str]:
+    "Facts about this installation: versions, devices, cache folder, free disk, what is missing for which feature."
+    import platform
+
+    facts = {"Python": f"{platform.python_version()} on {platform.system()} {platform.machine()}"}
+    facts |= {name: _version_of(name) for name in ("product_retrieval", *LIBRARIES)}
+    facts |= _devices()
+    facts["cache folder"] = str(cache_dir())
+    facts["free disk"] = human_size(shutil.disk_usage(cache_dir()).free)
+    return facts | {f"missing: {name}": f"{what}; {cure}" for name, what, cure in _missing()}
+
+# %% ../nbs/00b_house.ipynb #0b68f5c9
+def _version_of(package: str) -> str:
+    "A package's version, or what to do when it is not installed."
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return f"not installed; run: pip install {package}"
+
+
+def _missing() -> list[tuple[str, str, str]]:
+    "Optional libraries and programs that are not here: name, feature, cure."
+    from importlib.util import find_spec
+
+    found = [(name, *about) for name, about in FEATURES.items() if find_spec(name) is None]
+    if shutil.which("quarto") is None:
+        found.append(("quarto", "rendering the site", "https://quarto.org/docs/get-started/"))
+    return found
+
+# %% ../nbs/00b_house.ipynb #cc130cc3
+def _devices() -> dict[str, str]:
+    "The processors that torch can use, and whether they compute in bfloat16."
+    try:
+        import torch
+    except ImportError:
+        return {"device": "none, torch is not installed"}
+    flags = torch.backends.cpu.get_cpu_capability()
+    facts = {"CPU": f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads, {flags}"}
+    for number in range(torch.cuda.device_count()):
+        card = torch.cuda.get_device_properties(number)
+        facts[f"GPU {number}"] = f"{card.name}, {human_size(card.total_memory)}"
+    return facts | {"device": f"auto = {pick_device()}"}

@@ -14,7 +14,7 @@ def main() -> None:
     "Find Quarto, check its version, render."
     quarto = shutil.which("quarto")
     if quarto is None:
-        sys.exit("make site needs Quarto 1.6 or newer on the PATH: https://quarto.org/docs/get-started/ or pip install quarto-cli")
+        sys.exit("make site needs Quarto 1.6 or newer on the PATH: https://quarto.org/docs/get-started/")
     version = subprocess.run([quarto, "--version"], capture_output=True, text=True).stdout.strip()
     numbers = tuple(int(n) for n in re.findall(r"\d+", version)[:2])
     if numbers and numbers < (1, 6) and numbers != (99, 9):
