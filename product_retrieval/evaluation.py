@@ -96,25 +96,40 @@ def _ranges(starts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     ends = np.cumsum(sizes)
     return np.arange(sizes.sum()) + np.repeat(starts - (ends - sizes), sizes)
 
-# %% ../nbs/03a_evaluation.ipynb #c0b8fb9a
+# %% ../nbs/03a_evaluation.ipynb #23037a1f
 def hits_matrix(
     rankings: np.ndarray,  # int [queries, depth]: gallery rows, best first; -1 fills short lists
     positives: Positives,
+    marks: int = 4_000_000,  # bytes of scratch memory, so that a block of queries stays in the processor's cache
 ) -> np.ndarray:  # bool [queries, depth]
-    "Mark which ranked items answer their query: one lookup in a sorted list for all queries together."
+    "Tell for each ranked item whether it answers its query, for a block of queries at a time."
     rankings = _checked_rankings(rankings, positives)
-    if not positives.indices.size or not rankings.size:
-        return np.zeros(rankings.shape, bool)
-    width = int(max(rankings.max(), positives.indices.max())) + 1
-    number = np.arange(len(positives)) * width
-    keys = np.repeat(number, positives.counts) + positives.indices
-    wanted = number[:, None] + rankings
-    places = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
-    hits = (keys[places] == wanted) & (rankings >= 0)
-    _refuse_repeats(places, hits, len(keys), rankings)
+    hits = np.zeros(rankings.shape, bool)
+    width = int(max(rankings.max(initial=0), positives.indices.max(initial=0))) + 2
+    step = max(1, marks // width)
+    board = np.zeros(min(step, len(hits)) * width, bool)
+    for first in range(0, len(hits), step):
+        block = slice(first, first + step)
+        hits[block] = _block_hits(rankings[block], positives, board, width, first)
     return hits
 
-# %% ../nbs/03a_evaluation.ipynb #44414305
+# %% ../nbs/03a_evaluation.ipynb #9889d8dc
+def _block_hits(rankings: np.ndarray, positives: Positives, board: np.ndarray, width: int, first: int) -> np.ndarray:
+    "Mark the positives of a block on the board, look up the ranked items, wipe the board."
+    starts = np.arange(len(rankings)) * width + 1  # every query has a strip; its place 0 belongs to -1
+    indptr = positives.indptr[first : first + len(rankings) + 1]
+    right = positives.indices[indptr[0] : indptr[-1]] + np.repeat(starts, np.diff(indptr))
+    board[right] = True
+    asked = rankings + starts[:, None]
+    hits = board[asked]
+    board[asked[hits]] = False
+    found = len(right) - np.count_nonzero(board[right])
+    board[right] = False
+    if found != np.count_nonzero(hits):
+        _refuse_repeats(rankings, hits, first)
+    return hits
+
+# %% ../nbs/03a_evaluation.ipynb #fc9839c5
 def _checked_rankings(rankings: np.ndarray, positives: Positives) -> np.ndarray:
     "Whole numbers, two axes, one row a query, nothing below -1."
     rankings = np.asarray(rankings)
@@ -129,12 +144,12 @@ def _checked_rankings(rankings: np.ndarray, positives: Positives) -> np.ndarray:
     return rankings.astype(np.int64, copy=False)
 
 
-def _refuse_repeats(places: np.ndarray, hits: np.ndarray, size: int, rankings: np.ndarray) -> None:
+def _refuse_repeats(rankings: np.ndarray, hits: np.ndarray, first: int) -> None:
     "A positive that one ranking names twice would count twice."
-    often = np.bincount(places[hits], minlength=size) > 1
-    if often.any():
-        query, depth = np.argwhere(hits & often[places])[-1]
-        raise InputError(f"rankings: row {query} names gallery row {rankings[query, depth]} more than once; keep the first")
+    for number, (line, right) in enumerate(zip(rankings, hits, strict=True), first):
+        rows, counts = np.unique(line[right], return_counts=True)
+        if (counts > 1).any():
+            raise InputError(f"rankings: row {number} names gallery row {rows[counts > 1][0]} more than once; keep the first")
 
 # %% ../nbs/03a_evaluation.ipynb #46da6d0b
 def hit_at(hits: np.ndarray, counts: np.ndarray, k: int) -> np.ndarray:
