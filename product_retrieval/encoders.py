@@ -21,7 +21,7 @@ from .core import InputError, atomic_folder, cache_dir, did_you_mean, human_size
 __all__ = ['unit', 'rgb_to_hsv', 'rgb_to_lab', 'count_colors', 'HubLayout', 'ColorHistogram', 'RawPixels', 'words', 'TitleWords',
            'weigh_words', 'title_vectors', 'EncoderConfig', 'GeM', 'ImageEncoder', 'encode_pixels', 'read_weights',
            'fill', 'weights_convention', 'image_encoder', 'OpenClipConfig', 'OpenClipEncoder', 'encode_titles',
-           'open_clip_encoder', 'load_encoder', 'model_card']
+           'open_clip_encoder', 'vectors_of', 'load_encoder', 'model_card']
 
 # %% ../nbs/04a_encoders.ipynb #29dd137d
 def unit(
@@ -301,7 +301,7 @@ class _Network(nn.Module, HubLayout):
     def tensors(self) -> dict[str, torch.Tensor]:
         return {key: value.detach().cpu().contiguous() for key, value in self.state_dict().items()}
 
-# %% ../nbs/04a_encoders.ipynb #9b43a8dc
+# %% ../nbs/04a_encoders.ipynb #4d1c6373
 class ImageEncoder(_Network):
     "A timm backbone, pooling, an optional projection, vectors of length 1."
 
@@ -335,16 +335,17 @@ class ImageEncoder(_Network):
     ) -> torch.Tensor:  # [batch, dim], unit length
         if not torch.is_tensor(batch):
             return encode_pixels(self, batch.pixels)
-        return unit(self.head(self.features(batch)))
+        return unit(self.head(self.features(batch.contiguous(memory_format=torch.channels_last))))
 
-# %% ../nbs/04a_encoders.ipynb #2cc0ca2d
+# %% ../nbs/04a_encoders.ipynb #12611706
 def _build_backbone(config: EncoderConfig) -> nn.Module:
     "The timm network without its classifier; its weights are random until `fill` is called."
     import timm
 
     _check_timm_name(config.backbone)
     try:
-        return timm.create_model(config.backbone, pretrained=False, num_classes=0, **config.backbone_args)
+        network = timm.create_model(config.backbone, pretrained=False, num_classes=0, **config.backbone_args)
+        return network.to(memory_format=torch.channels_last)
     except TypeError as error:
         raise InputError(f"backbone_args={config.backbone_args}: {config.backbone} does not take them ({error})") from None
 
@@ -666,6 +667,23 @@ def _fill_clip(encoder: OpenClipEncoder, tensors: dict, source: str) -> OpenClip
         tensors = {f"clip.{key}": value for key, value in tensors.items()}
     own = encoder.state_dict()
     return fill(encoder, {key: value for key, value in tensors.items() if key in own or "position_ids" not in key}, source)
+
+# %% ../nbs/04a_encoders.ipynb #2dec2940
+def vectors_of(
+    encoder: Any,  # any encoder of this chapter
+    catalog: Any,  # a catalogue, usually one split of it
+    batch_size: int = 64,
+    workers: int | None = None,  # processes that decode; None = by the machine
+) -> Any:  # float32 array [items, dim], in the order of the catalogue
+    "Vectors of all items in memory; `embed` of the next chapter does it on disk and can be interrupted."
+    from product_retrieval.data.pictures import PictureLoader
+
+    loader = PictureLoader(catalog, encoder.transform, batch_size=batch_size, workers=workers)
+    parts = [torch.as_tensor(encoder(batch)) for batch in loader]
+    if loader.skipped:
+        item, reason = loader.skipped[0]
+        raise InputError(f"{item}: {reason}; drop the {len(loader.skipped)} unreadable pictures with `catalog check --drop`")
+    return torch.cat(parts).numpy()
 
 # %% ../nbs/04a_encoders.ipynb #9ea8bac5
 _KINDS = {kind.__name__: kind for kind in (ColorHistogram, RawPixels, TitleWords, ImageEncoder, OpenClipEncoder)}
