@@ -14,9 +14,9 @@ from .core import InputError, atomic_folder, did_you_mean, human_size, read_json
 from .embeddings import Embeddings, about_file, check_file
 
 # %% auto #0
-__all__ = ['VERSION', 'KINDS', 'METRICS', 'BLOCK', 'SMALLEST_IVFPQ', 'FILES', 'SETTINGS', 'as_vectors', 'normalise',
-           'bytes_needed', 'list_count', 'default_code_bytes', 'choose_kind', 'default_memory', 'Found', 'exact_search',
-           'compact', 'measure_recall', 'Index']
+__all__ = ['VERSION', 'KINDS', 'METRICS', 'BLOCK', 'SMALL', 'SMALLEST_IVFPQ', 'FILES', 'SETTINGS', 'clustered_vectors',
+           'as_vectors', 'normalise', 'bytes_needed', 'list_count', 'code_sizes', 'choose_kind', 'default_memory',
+           'Found', 'exact_search', 'compact', 'measure_recall', 'Index']
 
 # %% ../nbs/04c_search.ipynb #88d20809
 VERSION = 1
@@ -24,11 +24,31 @@ KINDS = ("flat", "hnsw", "ivfpq")
 METRICS = ("cosine", "dot")
 BLOCK = 65_536  # vectors handled at once when a large set is read, scored or copied
 
-# %% ../nbs/04c_search.ipynb #e68b5bb4
+# %% ../nbs/04c_search.ipynb #b334a561
+def clustered_vectors(
+    count: int,
+    dim: int,
+    clusters: int,
+    spread: float = 0.5,  # standard deviation inside a cluster; the centres have 1
+    rank: int = 0,  # the spread inside a cluster lives in so many directions; 0 = all
+    seed: int = 0,
+) -> np.ndarray:  # float32 [count, dim]; vector i belongs to cluster i % clusters
+    "Synthetic vectors in clumps, a stand-in for embeddings where sizes matter and meaning does not."
+    rng = np.random.default_rng(seed)
+    centres = rng.normal(size=(clusters, dim)).astype(np.float32)
+    noise = rng.normal(size=(count, rank or dim)).astype(np.float32)
+    if rank:
+        noise = noise @ rng.normal(size=(rank, dim)).astype(np.float32) / np.float32(np.sqrt(rank))
+    return centres[np.arange(count) % clusters] + np.float32(spread) * noise
+
+# %% ../nbs/04c_search.ipynb #7845610c
 def as_vectors(vectors: Any, dim: int | None = None, what: str = "queries", names: Sequence[str] | None = None) -> np.ndarray:
     "Finite float32 [n, dim], C order; one vector counts as [1, dim]; anything else is an `InputError`."
     vectors = vectors.detach().float().cpu().numpy() if hasattr(vectors, "detach") else vectors
-    vectors = np.ascontiguousarray(vectors, dtype=np.float32)
+    try:
+        vectors = np.ascontiguousarray(vectors, dtype=np.float32)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{what}: not a table of numbers ({error}); expected [n, {dim or 'dim'}] numbers") from None
     vectors = vectors[None] if vectors.ndim == 1 else vectors
     if vectors.ndim != 2 or vectors.shape[1] != (dim or vectors.shape[1]) or not vectors.shape[1]:
         raise InputError(f"{what} of shape {list(vectors.shape)}; expected [n, {dim or 'dim'}]; was another encoder used?")
@@ -44,7 +64,7 @@ def normalise(vectors: np.ndarray) -> np.ndarray:
     lengths = np.sqrt(np.einsum("nd,nd->n", vectors, vectors, dtype=np.float64))[:, None]
     return (vectors / np.where(lengths > 0, lengths, 1)).astype(np.float32)
 
-# %% ../nbs/04c_search.ipynb #ff8e2f27
+# %% ../nbs/04c_search.ipynb #f1cb8af0
 def bytes_needed(kind: str, count: int, dim: int, links: int = 32, code_bytes: int = 0) -> int:
     "Memory of an index: vectors, graph, or codes with their ids and tables."
     vectors = 4 * dim * count
@@ -53,38 +73,38 @@ def bytes_needed(kind: str, count: int, dim: int, links: int = 32, code_bytes: i
     if kind == "hnsw":
         return vectors + int(count * (8 * links + 8 * links / links + 16))
     tables = 4 * dim * (dim + 256 + list_count(count))
-    return count * ((code_bytes or default_code_bytes(dim)) + 8) + tables
+    return count * ((code_bytes or code_sizes(dim)[0]) + 8) + tables
 
-# %% ../nbs/04c_search.ipynb #4dca22bd
+# %% ../nbs/04c_search.ipynb #9961c456
 def list_count(count: int) -> int:
     "Number of inverted lists: about four times the square root of the items, with at least 39 items to train each."
     return max(1, min(int(4 * np.sqrt(count)), count // 39, 65_536))
 
 
-def default_code_bytes(dim: int) -> int:
-    "Bytes of a product-quantised vector: one for eight dimensions."
-    return max(1, dim // 8)
+def code_sizes(dim: int) -> list[int]:
+    "Bytes of a product-quantised vector, best first: one for 4, 8, 16 or 32 dimensions."
+    return [max(1, dim // part) for part in (4, 8, 16, 32)]
 
-# %% ../nbs/04c_search.ipynb #4fc86611
-def choose_kind(count: int, dim: int, memory: int) -> tuple[str, str]:
-    "The kind of index for `count` vectors in at most `memory` bytes, and the reason in words."
-    need = {kind: bytes_needed(kind, count, dim) for kind in KINDS}
-    size = f"{count:,} x {dim}"
-    if count * dim <= 64_000_000 and need["flat"] <= memory:
-        return "flat", f"{size}: exact search reads {human_size(need['flat'])} a query: fast enough, and it misses nothing"
-    if need["hnsw"] <= memory:
-        return "hnsw", f"{size}: too many for exact search; the graph needs {human_size(need['hnsw'])} of {human_size(memory)}"
-    if need["ivfpq"] <= memory and count >= SMALLEST_IVFPQ:
-        return "ivfpq", (
-            f"{size}: vectors and graph need {human_size(need['hnsw'])}, more than {human_size(memory)}; "
-            f"codes need {human_size(need['ivfpq'])}"
-        )
-    if need["flat"] <= memory:
-        return "flat", f"{size}: the graph does not fit into {human_size(memory)} and there are too few items for codes"
-    least = human_size(min(need.values()))
-    raise InputError(f"{size}: the smallest index needs {least}, memory is {human_size(memory)}; give more memory")
+# %% ../nbs/04c_search.ipynb #1f53f31e
+def choose_kind(count: int, dim: int, memory: int) -> tuple[str, str, int]:
+    "The kind of index for `count` vectors in at most `memory` bytes, the reason in words, and the bytes a code (0: no codes)."
+    size, room = f"{count:,} x {dim}", human_size(memory)
+    flat, graph = bytes_needed("flat", count, dim), bytes_needed("hnsw", count, dim)
+    if count * dim <= SMALL and flat <= memory:
+        return "flat", f"{size}: exact search reads {human_size(flat)} a query: fast enough, and it misses nothing", 0
+    if graph <= memory:
+        return "hnsw", f"{size}: too many for exact search; vectors and graph need {human_size(graph)} of {room}", 0
+    for code in code_sizes(dim) if count >= SMALLEST_IVFPQ else []:
+        need = bytes_needed("ivfpq", count, dim, code_bytes=code)
+        if need <= memory:
+            why = f"vectors and graph need {human_size(graph)}, more than {room}; codes of {code} bytes need {human_size(need)}"
+            return "ivfpq", f"{size}: {why}", code
+    if flat <= memory:
+        return "flat", f"{size}: only the bare vectors fit into {room}", 0
+    raise InputError(f"{size}: no index fits into {room}, bare vectors need {human_size(flat)}; give more memory")
 
-# %% ../nbs/04c_search.ipynb #df704fb7
+# %% ../nbs/04c_search.ipynb #e3d7a25b
+SMALL = 64_000_000  # numbers that exact search reads in about 0.05 s
 SMALLEST_IVFPQ = 39 * 16  # 16 centroids a code, 39 training points a centroid
 
 
@@ -211,7 +231,7 @@ class _State:
             self._ids = self.table["item_id"].to_numpy(dtype=object)[self.alive].tolist()
         return self._ids
 
-# %% ../nbs/04c_search.ipynb #a189b299
+# %% ../nbs/04c_search.ipynb #2910ed0f
 def _take(index: _State, slots: np.ndarray) -> np.ndarray:
     "Exact vectors by slot, float32."
     return index.disk.take(slots) if index.disk is not None else _stored(index.engine)[slots]
@@ -219,6 +239,8 @@ def _take(index: _State, slots: np.ndarray) -> np.ndarray:
 
 def _slots_of(index: _State, ids: Sequence[str], verb: str) -> np.ndarray:
     "Slots of item ids; `InputError` names the first unknown one."
+    if isinstance(ids, str):
+        raise InputError(f"{verb}: got the text {ids!r}; expected a list of item ids")
     if index._slots is None:
         live = np.flatnonzero(index.alive)
         index._slots = dict(zip(index.table["item_id"].to_numpy(dtype=object)[live], live.tolist(), strict=True))
@@ -293,7 +315,7 @@ def _rescored(index: _State, queries: np.ndarray, slots: np.ndarray, k: int) -> 
     order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
     return np.take_along_axis(scores, order, 1), np.take_along_axis(slots, order, 1)
 
-# %% ../nbs/04c_search.ipynb #b65139c9
+# %% ../nbs/04c_search.ipynb #898541ee
 def _search_slots(index: _State, queries: np.ndarray, k: int, allowed: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
     "Scores and slots [n, k]; exact over the subset when a filter leaves little."
     count = len(index) if allowed is None else int(allowed.sum())
@@ -301,33 +323,49 @@ def _search_slots(index: _State, queries: np.ndarray, k: int, allowed: np.ndarra
     if not k or not len(queries):
         empty = np.full((len(queries), 0), -1)
         return _padded(empty.astype(np.float32), empty, width)
-    asked = allowed is not None
-    allowed = index.alive if not asked and count < len(index.alive) else allowed
     if index.kind == "flat" and allowed is None:
         found = index.engine.search(queries, k)
     elif index.kind == "flat" or count < max(index.settings["exact_below"], index.settings["exact_share"] * len(index.alive)):
         found = _exactly(index, queries, k, allowed)
     else:
-        found = _approximately(index, queries, k, allowed, count, asked)
+        found = _approximately(index, queries, k, allowed, count)
     return _padded(*found, width)
 
-# %% ../nbs/04c_search.ipynb #c9f03c93
+# %% ../nbs/04c_search.ipynb #5f0344dd
 def _exactly(index: _State, queries: np.ndarray, k: int, allowed: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
     "Exact search over the allowed slots."
     slots = np.flatnonzero(index.alive if allowed is None else allowed)
     return exact_search(queries, k, slots, lambda part: _take(index, part))
 
 
-def _approximately(index: _State, queries: np.ndarray, k: int, allowed: np.ndarray | None, count: int, asked: bool) -> tuple:
-    "Search the graph or the codes, with more effort the fewer slots are allowed; what stays unsure is searched exactly."
+def _approximately(index: _State, queries: np.ndarray, k: int, allowed: np.ndarray | None, count: int) -> tuple:
+    "Search the graph or the codes; what stays unsure under a filter is searched exactly."
+    if allowed is None:
+        return _past_the_dead(index, queries, k)
     effort = int(np.ceil(index.settings["effort"] * len(index.alive) / count))
     search = _graph_search if index.kind == "hnsw" else _code_search
     scores, slots = search(index, queries, k, effort, allowed)
-    unsure = np.flatnonzero((slots < 0).any(axis=1))
-    if asked:
-        unsure = np.union1d(unsure, _until_stable(index, search, queries, k, effort, allowed, scores, slots))
+    unsure = _until_stable(index, search, queries, k, effort, allowed, scores, slots)
+    unsure = np.union1d(unsure, np.flatnonzero((slots < 0).any(axis=1)))
     if len(unsure):
         scores[unsure], slots[unsure] = _exactly(index, queries[unsure], k, allowed)
+    return scores, slots
+
+# %% ../nbs/04c_search.ipynb #26f38d73
+def _past_the_dead(index: _State, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    "Ask for more than k, drop dead slots; queries that have fewer than k left are searched with a filter."
+    live = len(index) / len(index.alive)
+    width = k if live == 1 else min(int(1.5 * k / live) + 10, len(index.alive))
+    search = _graph_search if index.kind == "hnsw" else _code_search
+    scores, slots = search(index, queries, width, max(index.settings["effort"], 1), None)
+    gone = (slots < 0) | ~index.alive[slots]
+    order = np.argsort(gone, axis=1, kind="stable")[:, :k]
+    scores, slots, gone = (np.take_along_axis(x, order, 1) for x in (scores, slots, gone))
+    short = gone.any(axis=1)
+    if short.any():
+        rest, alive = queries[short], index.alive
+        again = _exactly(index, rest, k, None) if live == 1 else _approximately(index, rest, k, alive, len(index))
+        scores[short], slots[short] = again
     return scores, slots
 
 # %% ../nbs/04c_search.ipynb #1d848f06
@@ -581,7 +619,15 @@ def _write_vectors(index: Index, path: Path) -> None:
         out[slots] = index.disk.take(slots)
     out.flush()
 
-# %% ../nbs/04c_search.ipynb #b4f724ef
+# %% ../nbs/04c_search.ipynb #0b5b224a
+def _noted(about: dict[str, Any], name: str, folder: Path) -> dict[str, Any]:
+    "Size and checksum of a file as index.json has them."
+    files = about.get("files")
+    if not isinstance(files, dict) or not {"bytes", "sha256"} <= set(files.get(name) or ()):
+        raise InputError(f"{folder / 'index.json'}: says nothing about {name}; build the index again")
+    return files[name]
+
+
 def _read_index(folder: Path, verify: bool) -> tuple[dict[str, Any], Any, pd.DataFrame]:
     "Description, engine and table of an index folder, checked against each other."
     import faiss
@@ -590,7 +636,7 @@ def _read_index(folder: Path, verify: bool) -> tuple[dict[str, Any], Any, pd.Dat
     if not isinstance(about, dict) or about.get("version") != VERSION or about.get("kind") not in KINDS:
         raise InputError(f"{folder / 'index.json'}: not an index of version {VERSION}; build it again")
     for name in FILES[about["kind"]]:
-        check_file(folder / name, about["files"][name], verify)
+        check_file(folder / name, _noted(about, name, folder), verify)
     try:
         engine = faiss.read_index(str(folder / "engine.faiss"))
         table = pd.read_parquet(folder / "items.parquet")
@@ -637,12 +683,12 @@ class Index(_Changing):
     def __repr__(self) -> str:
         return f"Index({self.kind}, {len(self)} x {self.dim}, recall@{self.measured.get('k', 0)} {self.recall:.3f}; {self.why})"
 
-# %% ../nbs/04c_search.ipynb #796145b1
+# %% ../nbs/04c_search.ipynb #7a97f744
 SETTINGS = {
     "links": 32,  # hnsw: neighbours of a node (twice as many on the ground floor)
     "build_effort": 80,  # hnsw: candidates kept while a node is linked
     "lists": 0,  # ivfpq: number of lists, 0 = from the number of items
-    "code_bytes": 0,  # ivfpq: bytes a vector, 0 = one for eight dimensions
+    "code_bytes": 0,  # ivfpq: bytes a vector, 0 = one for four dimensions
     "rerank": 8,  # ivfpq: rerank * k candidates get exact scores; 0 = codes only
     "effort": 0,  # candidates kept (hnsw) or lists read (ivfpq) in a search, 0 = raise until the target is reached
     "exact_below": 5_000,  # a filter that leaves fewer items is searched exactly
@@ -669,7 +715,7 @@ def _ladder(kind: str, settings: dict[str, Any]) -> list[int]:
     steps = [2**i for i in range(17)]
     return {"flat": [1], "hnsw": steps[4:11]}.get(kind) or [s for s in steps if s < settings["lists"]] + [settings["lists"]]
 
-# %% ../nbs/04c_search.ipynb #8147a69f
+# %% ../nbs/04c_search.ipynb #20cdd431
 def _decided(count: int, dim: int, kind: str, memory: Any, metric: str, given: dict) -> tuple[str, str, dict[str, Any]]:
     "Check the arguments of `Index.build` and fill in what was left open."
     if not count:
@@ -682,12 +728,13 @@ def _decided(count: int, dim: int, kind: str, memory: Any, metric: str, given: d
             raise InputError(f"setting {name!r}: unknown{did_you_mean(name, SETTINGS)}")
     why = "as asked"
     if kind == "auto":
-        kind, why = choose_kind(count, dim, default_memory() if memory is None else int(memory))
+        kind, why, code_bytes = choose_kind(count, dim, default_memory() if memory is None else int(memory))
+        given = {"code_bytes": code_bytes, **given}
     if kind == "ivfpq" and count < SMALLEST_IVFPQ:
         raise InputError(f"kind 'ivfpq': {count} items, needs at least {SMALLEST_IVFPQ} to train its codes; use 'flat'")
     settings = {**SETTINGS, **given}
     settings["lists"] = settings["lists"] or list_count(count)
-    settings["code_bytes"] = settings["code_bytes"] or default_code_bytes(dim)
+    settings["code_bytes"] = settings["code_bytes"] or code_sizes(dim)[0]
     return kind, why, settings
 
 # %% ../nbs/04c_search.ipynb #366e40aa
@@ -704,7 +751,7 @@ def _engine(kind: str, embeddings: Any, metric: str, settings: dict[str, Any]) -
     sample = normalise(sample) if metric == "cosine" else sample
     return _ivfpq(sample, settings["code_bytes"], settings["lists"])
 
-# %% ../nbs/04c_search.ipynb #cba72506
+# %% ../nbs/04c_search.ipynb #bfd4e59a
 def _columns_of(catalog: Any, ids: Sequence[str]) -> pd.DataFrame:
     "Columns of a catalogue, aligned with ids, without what belongs to pictures and to evaluation."
     frame = catalog.frame.drop(columns=["image", "labels", "boxes"], errors="ignore").set_index("item_id")
@@ -720,7 +767,7 @@ def _load(cls: type, folder: Path, verify: bool) -> Any:
         raise InputError(f"{folder}: not found; expected a folder written by Index.save")
     about, engine, table = _read_index(folder, verify)
     index = cls(about["kind"], about["metric"], about["dim"], engine, about["settings"], about["why"])
-    index.measured, index.alive = about["measured"], table.pop("alive_").to_numpy(dtype=bool)
+    index.measured, index.alive = about["measured"], np.array(table.pop("alive_"), dtype=bool)
     index.table = table
     if index.disk is not None:
         index.disk.add(np.load(folder / "vectors.npy", mmap_mode="r", allow_pickle=False))
