@@ -35,7 +35,7 @@ class Classes(nn.Module):
         return {"loss": loss, "spread": spread}
 
 
-def parts(dropout: float = 0.2, train: bool = True):
+def parts(dropout: float = 0.2, batch_size: int = 10):
     "Model, objective, batches and validation of the toy run. GroupNorm, because BatchNorm sees a process's share only."
     torch.manual_seed(0)
     shop = load_shelf("tiny", seed=0)
@@ -44,7 +44,7 @@ def parts(dropout: float = 0.2, train: bool = True):
                           nn.Flatten(), nn.Linear(8 * 7 * 7, 16))
     objective = Classes(catalog.categories(), 16)
     objective.category = dict(zip(catalog.ids, catalog.categories(), strict=True))
-    batches = PictureLoader(catalog, picture_transform(32, train=train), batch_size=10, shuffle=True, seed=1, workers=0)
+    batches = PictureLoader(catalog, picture_transform(32, train=True), batch_size=batch_size, shuffle=True, seed=1, workers=0)
     sides = [PictureLoader(shop.split(s), picture_transform(32), workers=0) for s in ("val_query", "val_gallery")]
     positives = positives_from_labels(shop.split("val_query").labels, shop.split("val_gallery").labels)
     return model, objective, batches, retrieval_validation(*sides, positives, metrics=("MAR@10", "mAP@10"))
@@ -56,7 +56,12 @@ def config(**changes) -> TrainConfig:
                                  device="cpu", tensorboard=False, rates={"objective": 2.0}), **changes})
 
 
+def without_dropout(folder: Path):
+    "No dropout, which each process draws for itself; 52 pictures in batches of 17, so that one process has nothing of the last."
+    model, objective, batches, validate = parts(dropout=0.0, batch_size=17)
+    return fit(model, objective, batches, config(epochs=6), folder, validate)
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    model, objective, batches, validate = parts(dropout=0.0)
-    fit(model, objective, batches, config(epochs=6), Path(sys.argv[1]), validate)
+    without_dropout(Path(sys.argv[1]))
