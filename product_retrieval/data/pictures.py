@@ -30,13 +30,13 @@ __all__ = ['MAX_PIXELS', 'FORMATS', 'IMAGENET_MEAN', 'IMAGENET_STD', 'ImageError
            'PictureTransform', 'CentralSquare', 'picture_transform', 'Batch', 'item_seed', 'decode_batch',
            'WorkerError', 'PictureLoader', 'plan_epoch']
 
-# %% ../../nbs/01c_pictures.ipynb #72c9578f
+# %% ../../nbs/01c_pictures.ipynb #25dcd6af
 class ImageError(InputError):
     "A picture that cannot be read. The message names the file and says why."
 
 
 MAX_PIXELS = 89_478_485  # larger pictures are refused: a few kilobytes of file can unpack to gigabytes
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 
 # %% ../../nbs/01c_pictures.ipynb #ef371f4b
 def read_image(
@@ -68,12 +68,19 @@ def _read_bytes(path: str | Path) -> bytearray:
         raise ImageError(f"{path}: the file is empty; fetch the picture again or drop the item")
     return data
 
-# %% ../../nbs/01c_pictures.ipynb #cebe4a6e
+# %% ../../nbs/01c_pictures.ipynb #24427eb2
+@lru_cache(maxsize=1)
+def _formats() -> list[str]:
+    "Those of our formats that this build of Pillow knows."
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
+
+
 def _open(data: bytearray) -> Image.Image:
     "Open, not yet decode; refuse what would fill the memory."
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        picture = Image.open(io.BytesIO(data), formats=FORMATS)
+        picture = Image.open(io.BytesIO(data), formats=_formats())
     if picture.width * picture.height > MAX_PIXELS:
         raise Image.DecompressionBombError(f"{picture.width} x {picture.height} pixels")
     return picture
@@ -469,7 +476,7 @@ def plan_epoch(loader: PictureLoader, epoch: int) -> list[np.ndarray]:
     which, of = loader.shard
     return [np.array_split(batch, of)[which] for batch in batches[: len(loader)]]
 
-# %% ../../nbs/01c_pictures.ipynb #35729b6e
+# %% ../../nbs/01c_pictures.ipynb #228f6389
 def _task(loader: PictureLoader, epoch: int, rows: np.ndarray) -> tuple[list[str], list[int]]:
     "Paths and seeds of one batch."
     images = loader.catalog.frame["image"].take(rows)
@@ -481,7 +488,7 @@ def _results(loader: PictureLoader, epoch: int, plan: list[np.ndarray]) -> Itera
     "Decoded batches, in this process or in workers."
     if loader.transform is None:
         return ((torch.empty(len(rows), 3, 0, 0), list(range(len(rows))), []) for rows in plan)
-    if not loader.workers:
+    if not loader.workers or not plan:
         return (decode_batch(*_task(loader, epoch, rows), loader.transform) for rows in plan)
     return _in_workers(_LazyTasks(loader, epoch, plan), loader.transform, min(loader.workers, len(plan)), loader.start)
 
