@@ -67,19 +67,19 @@ def _known_rows(items: Sequence[str], known: dict[str, int], where: str) -> list
         raise InputError(f"{where}: item {_first_repeat(items)!r} stands twice; keep the first")
     return rows
 
-# %% ../nbs/03b_protocols.ipynb #bc9ae70a
+# %% ../nbs/03b_protocols.ipynb #c4f8d414
 def _first_repeat(items: Sequence[str]) -> str:
     seen: set = set()
     return next(item for item in items if item in seen or seen.add(item))
 
 
-def _rectangle(lists: Sequence[Sequence[int]], depth: int | None = None) -> np.ndarray:
+def _rectangle(lists: Sequence[Sequence[int]]) -> np.ndarray:
     "Lists of unequal length as one array, filled up with -1."
     lengths = np.fromiter((len(rows) for rows in lists), np.int64, len(lists))
     table = np.full((len(lists), int(lengths.max(initial=0))), -1)
     flat = np.fromiter(chain.from_iterable(lists), np.int64, int(lengths.sum()))
     table[np.arange(table.shape[1]) < lengths[:, None]] = flat
-    return table[:, :depth]
+    return table
 
 # %% ../nbs/03b_protocols.ipynb #8052d8ac
 def ranking_from_rows(
@@ -125,7 +125,7 @@ def read_ranking(path: str | Path) -> Ranking:
     scores = table["scores"].to_pylist() if "scores" in table.column_names else None
     return Ranking(table["query_id"].to_pylist(), table["item_ids"].to_pylist(), scores)
 
-# %% ../nbs/03b_protocols.ipynb #32c1ea2f
+# %% ../nbs/03b_protocols.ipynb #82ae1262
 PRODUCT1M_FILES = {name: f"product1m_{name}_ossurl_v2.txt" for name in ("gallery", "test", "dev")}
 
 
@@ -135,11 +135,11 @@ def read_product1m_labels(
     "Read ids and labels; an id that stands twice keeps its last labels, as in the release."
     items = {}
     for number, line in enumerate(_lines(path), 1):
-        fields = line.strip().split("#####")
-        if len(fields) != 5:
+        item, *between, labels = line.strip().split("#####")
+        if len(between) != 3:
             wish = "id, caption, URL, mirror URL and labels, joined by #####"
-            raise InputError(f"{path}, line {number}: {len(fields)} fields, expected 5 ({wish})")
-        items[fields[0]] = tuple(fields[4].split("#;#"))
+            raise InputError(f"{path}, line {number}: {len(between) + 2} fields, expected 5 ({wish})")
+        items[item] = tuple(labels.split("#;#"))
     return items
 
 # %% ../nbs/03b_protocols.ipynb #ea30338f
@@ -198,12 +198,34 @@ def read_product1m_ranking(path: str | Path) -> Ranking:
     parts = [line.strip().split(",") for line in _lines(path)]
     return Ranking([p[0] for p in parts], [p[1:] for p in parts])
 
-# %% ../nbs/03b_protocols.ipynb #ada95bfc
-def _checked_lines(ranking: Ranking, truth: Product1MTruth, path: Any) -> list[list[int]]:
-    "Gallery rows of every line; the first fault is an error with its line number."
+# %% ../nbs/03b_protocols.ipynb #ab8b5b92
+def _ranked_rows(path: str | Path, gallery_ids: Sequence[str]) -> tuple[list[str], np.ndarray]:
+    "Query ids and gallery rows [lines, depth] of a ranking file; UNKNOWN and repeated rows stay in."
+    import pyarrow
+    import pyarrow.compute
+
+    parts = pyarrow.compute.split_pattern(pyarrow.array([line.strip() for line in _lines(path)]), ",")
+    offsets = parts.offsets.to_numpy()
+    places = pyarrow.compute.index_in(parts.values, value_set=pyarrow.array(gallery_ids))
+    rows = places.fill_null(UNKNOWN).to_numpy()
+    listed = np.diff(offsets) - 1
+    table = np.full((len(listed), int(listed.max())), -1, np.int32)
+    table[np.arange(table.shape[1]) < listed[:, None]] = np.delete(rows, offsets[:-1])
+    return parts.values.take(pyarrow.array(offsets[:-1])).to_pylist(), table
+
+# %% ../nbs/03b_protocols.ipynb #444b76a2
+def _faulty(queries: Sequence[str], rows: np.ndarray, known: dict[str, Any]) -> bool:
+    "Whether any line is empty, or names a query or an item that is unknown or stands twice."
+    ordered = np.sort(rows, axis=1)
+    repeats = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
+    empty = rows.shape[1] == 0 or (rows[:, 0] == -1).any()
+    return bool(empty or repeats.any() or (rows == UNKNOWN).any() or len(set(queries) & set(known)) < len(queries))
+
+# %% ../nbs/03b_protocols.ipynb #d4ea42d3
+def _name_fault(ranking: Ranking, truth: Product1MTruth, path: Any) -> None:
+    "Walk through the lines and raise at the first fault."
     known, queries = {item: row for row, item in enumerate(truth.gallery)}, truth.labels()
     first_line: dict[str, int] = {}
-    rows = []
     for number, (query, items) in enumerate(zip(ranking.query_ids, ranking.item_ids, strict=True), 1):
         where = f"{path}, line {number}"
         if not items or not query:
@@ -212,11 +234,9 @@ def _checked_lines(ranking: Ranking, truth: Product1MTruth, path: Any) -> list[l
             raise InputError(f"{where}: query {query!r} is not in the ground truth; check the folder, or score with --lenient")
         if first_line.setdefault(query, number) != number:
             raise InputError(f"{where}: query {query!r} stands in line {first_line[query]} already; keep one of the two")
-        rows.append(_known_rows(items, known, where))
-    _refuse_missing(first_line, truth, path)
-    return rows
+        _known_rows(items, known, where)
 
-# %% ../nbs/03b_protocols.ipynb #39673a01
+# %% ../nbs/03b_protocols.ipynb #ef502bce
 def _refuse_missing(found: Iterable[str], truth: Product1MTruth, path: Any) -> None:
     "A query file that the ranking touches must be answered in full."
     found = set(found)
@@ -225,12 +245,6 @@ def _refuse_missing(found: Iterable[str], truth: Product1MTruth, path: Any) -> N
         if missing and len(missing) < len(queries):
             rest = f"{len(missing)} of {len(queries)} queries of {PRODUCT1M_FILES[name]} have no line"
             raise InputError(f"{path}: {rest}, the first is {missing[0]!r}; rank every query")
-
-
-def _lenient_lines(ranking: Ranking, truth: Product1MTruth) -> list[list[int]]:
-    "Gallery rows of every line; what the gallery does not hold is UNKNOWN, repeats stay."
-    known = {item: row for row, item in enumerate(truth.gallery)}
-    return [[known.get(item, UNKNOWN) for item in items] for items in ranking.item_ids]
 
 # %% ../nbs/03b_protocols.ipynb #645dc40f
 @dataclass(frozen=True)
@@ -254,7 +268,7 @@ def _wanted(query_labels: Sequence[Sequence[str]], codes: dict[str, int], sizes:
     found = np.where(table >= 0, np.append(sizes, 0)[table], 0)
     return _Wanted(table, times, found, times.sum(axis=1))
 
-# %% ../nbs/03b_protocols.ipynb #0872acd7
+# %% ../nbs/03b_protocols.ipynb #c334ab33
 def product1m_scores(
     rankings: np.ndarray,  # int [queries, depth]: gallery rows, -1 fills short lists, UNKNOWN = not in the gallery
     query_labels: Sequence[Sequence[str]],  # repeats count
@@ -266,15 +280,15 @@ def product1m_scores(
     code, names = pd.factorize(np.asarray(gallery_labels, dtype=object), use_na_sentinel=False)
     codes = {name: i for i, name in enumerate(names)}
     wanted = _wanted(query_labels, codes, np.bincount(code, minlength=len(codes)))
-    labels = np.append(code, [-2, -2])[np.asarray(rankings)]
+    labels = np.append(code, [-2, -2]).astype(np.int32)[np.asarray(rankings)]
     matched = _matched_column(labels, wanted)
     score = _strict_scores if strict else _release_scores
     return {n: pd.DataFrame(score(rankings, matched, wanted, n)) for n in depths}
 
-# %% ../nbs/03b_protocols.ipynb #3ce6caea
+# %% ../nbs/03b_protocols.ipynb #6edc166f
 def _matched_column(labels: np.ndarray, wanted: _Wanted) -> np.ndarray:
     "For every ranked item the column of `wanted` that its label fills, or -1."
-    matched = np.full(labels.shape, -1)
+    matched = np.full(labels.shape, -1, np.int16)
     for column in range(wanted.codes.shape[1]):
         matched[labels == wanted.codes[:, column, None]] = column
     return matched
@@ -326,7 +340,7 @@ def _strict_scores(rankings: np.ndarray, matched: np.ndarray, wanted: _Wanted, n
         "mAR": _label_recall(matched, wanted, expected, n),
     }
 
-# %% ../nbs/03b_protocols.ipynb #1335d39b
+# %% ../nbs/03b_protocols.ipynb #0622f3b2
 def product1m_per_query(
     ground_truth: str | Path,  # folder with the gallery file and the dev and/or test file
     ranking_file: str | Path,  # retrieval_id_list.txt
@@ -334,15 +348,17 @@ def product1m_per_query(
     lenient: bool = False,  # accept faults and score them as the release does
 ) -> dict[int, pd.DataFrame]:  # N -> [lines x (mAP, Prec, mAR)], indexed by query id
     "Score a Product1M ranking file, line by line."
-    truth, ranking = read_product1m_truth(ground_truth), read_product1m_ranking(ranking_file)
-    lines = _lenient_lines(ranking, truth) if lenient else _checked_lines(ranking, truth, ranking_file)
-    rows = _rectangle(lines, depth=100)
-    if strict and lenient:
-        rows = _repeats_to_unknown(rows)
+    truth = read_product1m_truth(ground_truth)
+    queries, rows = _ranked_rows(ranking_file, list(truth.gallery))
     labels = truth.labels()
-    wanted = [labels.get(query, ()) for query in ranking.query_ids]
-    scores = product1m_scores(rows, wanted, [first for first, *_ in truth.gallery.values()], strict)
-    return {n: frame.set_index(pd.Index(ranking.query_ids, name="query_id")) for n, frame in scores.items()}
+    if not lenient:
+        if _faulty(queries, rows, labels):
+            _name_fault(read_product1m_ranking(ranking_file), truth, ranking_file)
+        _refuse_missing(queries, truth, ranking_file)
+    rows = _repeats_to_unknown(rows) if strict and lenient else rows
+    first_labels = [names[0] for names in truth.gallery.values()]
+    scores = product1m_scores(rows[:, :100], [labels.get(query, ()) for query in queries], first_labels, strict)
+    return {n: frame.set_index(pd.Index(queries, name="query_id")) for n, frame in scores.items()}
 
 # %% ../nbs/03b_protocols.ipynb #0a01de24
 def _repeats_to_unknown(rows: np.ndarray) -> np.ndarray:
