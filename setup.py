@@ -27,8 +27,9 @@ setup(
     author_email=cfg["author_email"],
     url=cfg["git_url"],
     keywords=cfg["keywords"].split(),
-    packages=find_packages(include=["product_retrieval", "product_retrieval.*"]),
-    include_package_data=True,
+    packages=[*find_packages(include=["product_retrieval", "product_retrieval.*"]), "product_retrieval.recipes"],
+    package_dir={"product_retrieval.recipes": "recipes"},  # an installed package carries the recipes along
+    package_data={"product_retrieval.recipes": ["*.toml"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=words("requirements"),
     extras_require={"dev": words("dev_requirements")},

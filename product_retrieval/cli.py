@@ -102,7 +102,7 @@ def doctor(as_json: Json = False) -> None:
     findings = examine()
     _write(findings) if as_json else typer.echo("\n".join(f"{name:24s} {value}" for name, value in findings.items()))
 
-# %% ../nbs/A_command_line.ipynb #01797d93
+# %% ../nbs/A_command_line.ipynb #931f1a3c
 @catalog_app.command("check")
 def catalog_check(
     data: Data,
@@ -111,7 +111,7 @@ def catalog_check(
     quick: _option(bool, "Read only the headers of pictures.") = False,
 ) -> None:
     "List all problems of a catalogue: file, row, column, what to do."
-    from product_retrieval.data.catalog import check_catalog, problems_to_json, save_clean
+    from product_retrieval.data.checks import check_catalog, problems_to_json, save_clean
 
     problems = check_catalog(data, quick=quick)
     typer.echo(problems_to_json(problems) if as_json else "\n".join(map(str, problems)) or f"{data}: no problems")
@@ -120,13 +120,14 @@ def catalog_check(
         typer.echo(f"{len(clean)} rows kept in {drop}, {len(dropped)} lines in {drop / 'dropped.csv'}", err=as_json)
     raise typer.Exit(1 if problems and not drop else 0)
 
-# %% ../nbs/A_command_line.ipynb #1c80714e
+# %% ../nbs/A_command_line.ipynb #ff7ae38d
 @catalog_app.command("describe")
 def catalog_describe(data: Data, as_json: Json = False) -> None:
     "Counts per split and category, title lengths, picture sizes, duplicates."
     from product_retrieval.data.catalog import open_catalog
+    from product_retrieval.data.checks import describe
 
-    description = open_catalog(data).describe()
+    description = describe(open_catalog(data))
     _write(description.to_dict()) if as_json else typer.echo(str(description))
 
 # %% ../nbs/A_command_line.ipynb #eaabde44
@@ -160,7 +161,7 @@ def shelf(out: Out, size: Size = "small", seed: Seed = 0) -> None:
 
     typer.echo(str(draw_shelf(out, size, seed=seed)))
 
-# %% ../nbs/A_command_line.ipynb #b2dbd10f
+# %% ../nbs/A_command_line.ipynb #e92135ba
 @train_app.command("first")
 def train_first(
     data: Data,
@@ -171,10 +172,10 @@ def train_first(
 ) -> None:
     "Train the first model: coarse categories in, an image encoder out. The same command resumes a stopped run."
     from product_retrieval.data.catalog import open_catalog
-    from product_retrieval.first_model import first_recipe, train_first_model
+    from product_retrieval.demo import image_recipe
+    from product_retrieval.first_model import train_first_model
 
-    model = train_first_model(open_catalog(data), first_recipe(recipe, backbone, weights), out)
-    model.save_pretrained(out / "model")
+    train_first_model(open_catalog(data), image_recipe(recipe, str(data), backbone, weights), out)
     typer.echo(f"model saved to {out / 'model'}")
 
 # %% ../nbs/A_command_line.ipynb #4c0b3d9a

@@ -16,7 +16,8 @@ from typing import IO, Any
 
 # %% auto #0
 __all__ = ['LIBRARIES', 'FEATURES', 'InputError', 'did_you_mean', 'atomic_file', 'atomic_folder', 'write_json', 'read_json',
-           'sha256_of', 'human_size', 'cache_dir', 'quick', 'pick_device', 'seed_everything', 'require', 'examine']
+           'sha256_of', 'human_size', 'cache_dir', 'quick', 'pick_device', 'seed_everything', 'require', 'recipe_path',
+           'examine']
 
 # %% ../nbs/00b_house.ipynb #1533f526
 class InputError(ValueError):
@@ -184,6 +185,19 @@ def require(
         return importlib.import_module(module)
     except ImportError as error:
         raise InputError(f"{feature} needs {module}, which is not installed; run: pip install {package or module}") from error
+
+# %% ../nbs/00b_house.ipynb #842fabf8
+def recipe_path(
+    name: str | Path,  # a file, or a recipe's name such as "shelf-first"
+) -> Path:
+    "The file of a recipe: the path itself, or a recipe of the course by its name."
+    if Path(name).suffix == ".toml" and Path(name).is_file():
+        return Path(name)
+    package = Path(__file__).resolve().parent
+    known = {p.stem: p for folder in (package.parent, package) for p in sorted((folder / "recipes").glob("*.toml"))}
+    if str(name) not in known:
+        raise InputError(f"recipe {str(name)!r}: neither a .toml file nor a recipe of the course{did_you_mean(str(name), known)}")
+    return known[str(name)]
 
 # %% ../nbs/00b_house.ipynb #f764d169
 LIBRARIES = ("torch", "torchvision", "timm", "open_clip_torch", "faiss-cpu", "accelerate", "numpy", "pandas", "pyarrow", "pillow")

@@ -150,10 +150,10 @@ h1 { line-height:1.2; margin:.2em 0 } h2 { margin-top:2.2em; border-bottom:1px s
 .band { position:absolute; top:.17rem; height:.2rem; background:var(--band); border-radius:2px }
 """
 
-# %% ../nbs/00d_report.ipynb #09f1ad58
+# %% ../nbs/00d_report.ipynb #79229790
 STYLE_SHEETS = """
 .example { display:flex; flex-wrap:wrap; gap:1rem; padding:1rem 0; border-bottom:1px solid var(--line) }
-.results { display:flex; gap:.6rem; flex-wrap:wrap; flex:1 } figure { margin:0; width:7.2rem } figure.query { width:9rem }
+.results { display:flex; gap:.6rem; flex-wrap:wrap; flex:1 } figure { margin:0; width:6.7rem } figure.query { width:9rem }
 figure img { width:100%; border-radius:6px; border:3px solid var(--line); display:block }
 figure.hit img { border-color:var(--good) } figure.miss img { border-color:var(--bad); border-style:dashed }
 .mark { font-size:.75rem; font-weight:600 } .hit .mark { color:var(--good) } .miss .mark { color:var(--bad) }
