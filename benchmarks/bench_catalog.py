@@ -66,12 +66,13 @@ def prepare(folder: Path) -> None:
 
 def measure(what: str, folder: Path) -> None:
     "Print seconds and peak memory of one piece of work; runs in a process of its own."
-    import product_retrieval.data.catalog as module
+    from product_retrieval.data.catalog import SPLITS, Catalog
+    from product_retrieval.data.checks import check_catalog
 
-    csv = folder / "table.csv"
-    names = {**vars(module), "pd": pd, "csv": csv, "folder": folder / "saved"}
+    names = {"Catalog": Catalog, "SPLITS": SPLITS, "check_catalog": check_catalog, "pd": pd}
+    names |= {"csv": folder / "table.csv", "folder": folder / "saved"}
     if what in ("split", "labels", "check"):
-        names["catalog"] = module.Catalog.load(folder / "saved")
+        names["catalog"] = Catalog.load(folder / "saved")
     start = time.perf_counter()
     names["result"] = eval(WORK[what], names)  # the texts stand above
     seconds = time.perf_counter() - start

@@ -15,15 +15,8 @@ from PIL import Image
 
 import product_retrieval.data.catalog as module
 from product_retrieval.core import InputError
-from product_retrieval.data.catalog import (
-    TRAIN_COLUMNS,
-    Catalog,
-    TrainCatalog,
-    check_catalog,
-    drop_problems,
-    open_catalog,
-    save_clean,
-)
+from product_retrieval.data.catalog import TRAIN_COLUMNS, Catalog, TrainCatalog, open_catalog
+from product_retrieval.data.checks import check_catalog, drop_problems, save_clean
 
 SECRET = "SECRETANSWER"
 
@@ -91,6 +84,7 @@ ROADS = {
     "pickle": lambda c, t: pickle.loads(pickle.dumps(c.train)),
     "pickle, then train": lambda c, t: pickle.loads(pickle.dumps(c)).train,
     "constructor": lambda c, t: TrainCatalog(c.train.frame, c.root),
+    "with another frame": lambda c, t: c.train.with_frame(c.train.frame.assign(title="new"), None),
     "writing into the frame": lambda c, t: wrote_into(c.train),
 }
 
@@ -153,6 +147,7 @@ DOORS = {
     "join boxes": lambda c, t: c.train.join(extra(boxes="[]")),
     "join a stranger": lambda c, t: c.train.join(extra(answer=SECRET)),
     "join a catalogue": lambda c, t: c.train.join(c),
+    "with a fuller frame": lambda c, t: c.train.with_frame(c.frame, None),
     "append a catalogue": lambda c, t: c.train.append(other(c)),
     "append chosen rows": lambda c, t: c.train.append(other(c).select([0])),
     "frame": lambda c, t: TrainCatalog.from_frame(c.frame, c.root),
@@ -185,6 +180,7 @@ def test_no_method_widens_a_view(catalog):
     walked = {
         "train", "split", "select", "sample", "join", "append", "save", "load", "from_csv", "from_parquet", "from_frame",
         "from_folders", "frame", "ids", "titles", "paths", "has", "column", "categories", "labels", "boxes", "describe",
+        "with_frame", "ragged",
     }  # fmt: skip
     assert {name for name, _ in inspect.getmembers(Catalog) if not name.startswith("_")} == walked
     assert set(vars(catalog.train)) == {"root", "name", "source", "licence", "file", "_frame", "lines"}
