@@ -16,9 +16,9 @@ from .core import InputError, did_you_mean
 # %% auto #0
 __all__ = ['NORMALISERS', 'METRICS', 'METRIC_NAMES', 'LEAVE_ONE_OUT', 'Positives', 'positives_from_lists',
            'positives_from_labels', 'hits_matrix', 'hit_at', 'precision_at', 'recall_at', 'average_precision',
-           'reciprocal_rank', 'ndcg', 'r_precision', 'map_at_r', 'Evaluation', 'evaluate', 'confidence_interval',
-           'PairedTest', 'paired_test', 'per_category', 'worst_queries', 'rank', 'leave_one_out', 'scoreboard',
-           'recall_curve', 'plot_recall', 'plot_per_category', 'result_sheet']
+           'reciprocal_rank', 'ndcg', 'r_precision', 'map_at_r', 'Evaluation', 'evaluate', 'rank', 'recall_curve',
+           'plot_recall', 'confidence_interval', 'PairedTest', 'paired_test', 'per_category', 'plot_per_category',
+           'worst_queries', 'result_sheet', 'leave_one_out', 'scoreboard']
 
 # %% ../nbs/03a_evaluation.ipynb #7d9ce7fe
 @dataclass(frozen=True)
@@ -55,26 +55,6 @@ def positives_from_lists(
     query = np.repeat(np.arange(len(rows)), [len(r) for r in rows])
     return _positives(query, np.concatenate([*rows, np.empty(0, np.int64)]), len(rows))
 
-# %% ../nbs/03a_evaluation.ipynb #68972164
-def _labels_of(entry: Any) -> tuple:
-    "The labels of one item: a tuple or list as it is, text split at ';', nothing for '' and None."
-    if isinstance(entry, str):
-        return tuple(part for part in entry.split(";") if part)
-    if isinstance(entry, (tuple, list, set, frozenset, np.ndarray)):
-        return tuple(entry)
-    return () if entry is None else (entry,)
-
-
-def _label_codes(items: Sequence, codes: dict, grow: bool) -> tuple[np.ndarray, np.ndarray]:
-    "Flatten the labels of `items` to pairs (item, code); unknown labels get a new code or are left out."
-    pairs = ((i, label) for i, entry in enumerate(items) for label in _labels_of(entry))
-    if grow:
-        flat = [(i, codes.setdefault(label, len(codes))) for i, label in pairs]
-    else:
-        flat = [(i, codes[label]) for i, label in pairs if label in codes]
-    table = np.array(flat, dtype=np.int64).reshape(-1, 2)
-    return table[:, 0], table[:, 1]
-
 # %% ../nbs/03a_evaluation.ipynb #9a91d6ec
 def positives_from_labels(
     query_labels: Sequence,  # for each query its labels: a tuple of texts, one text ("a;b" = two labels) or a number
@@ -89,6 +69,26 @@ def positives_from_labels(
     starts = np.cumsum(sizes) - sizes
     places = _ranges(starts[wanted], sizes[wanted])
     return _positives(np.repeat(query, sizes[wanted]), by_label[places], len(query_labels))
+
+# %% ../nbs/03a_evaluation.ipynb #4308e7d4
+def _labels_of(entry: Any) -> tuple:
+    "The labels of one item: a tuple or list as it is, text split at ';', nothing for '' and None."
+    if isinstance(entry, str):
+        return tuple(part for part in entry.split(";") if part)
+    if isinstance(entry, (tuple, list, set, frozenset, np.ndarray)):
+        return tuple(entry)
+    return () if entry is None else (entry,)
+
+# %% ../nbs/03a_evaluation.ipynb #e87824ed
+def _label_codes(items: Sequence, codes: dict, grow: bool) -> tuple[np.ndarray, np.ndarray]:
+    "Flatten the labels of `items` to pairs (item, code); unknown labels get a new code or are left out."
+    pairs = ((i, label) for i, entry in enumerate(items) for label in _labels_of(entry))
+    if grow:
+        flat = [(i, codes.setdefault(label, len(codes))) for i, label in pairs]
+    else:
+        flat = [(i, codes[label]) for i, label in pairs if label in codes]
+    table = np.array(flat, dtype=np.int64).reshape(-1, 2)
+    return table[:, 0], table[:, 1]
 
 # %% ../nbs/03a_evaluation.ipynb #a1ced3bf
 def _ranges(starts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
@@ -129,7 +129,7 @@ def _block_hits(rankings: np.ndarray, positives: Positives, board: np.ndarray, w
         _refuse_repeats(rankings, hits, first)
     return hits
 
-# %% ../nbs/03a_evaluation.ipynb #fc9839c5
+# %% ../nbs/03a_evaluation.ipynb #863415b1
 def _checked_rankings(rankings: np.ndarray, positives: Positives) -> np.ndarray:
     "Whole numbers, two axes, one row a query, nothing below -1."
     rankings = np.asarray(rankings)
@@ -143,7 +143,7 @@ def _checked_rankings(rankings: np.ndarray, positives: Positives) -> np.ndarray:
         raise InputError(f"rankings: row {row} holds {rankings[row].min()}; gallery rows start at 0, -1 fills short lists")
     return rankings.astype(np.int64, copy=False)
 
-
+# %% ../nbs/03a_evaluation.ipynb #26f21bbb
 def _refuse_repeats(rankings: np.ndarray, hits: np.ndarray, first: int) -> None:
     "A positive that one ranking names twice would count twice."
     for number, (line, right) in enumerate(zip(rankings, hits, strict=True), first):
@@ -295,7 +295,7 @@ class Evaluation:
         numbers = "  ".join(f"{name} {value:.4f}" for name, value in self.values.items())
         return f"{len(self.per_query)} queries{left_out}: {numbers}"
 
-# %% ../nbs/03a_evaluation.ipynb #eaddfd26
+# %% ../nbs/03a_evaluation.ipynb #0bc9e904
 def evaluate(
     rankings: np.ndarray,  # int [queries, depth]: gallery rows, best first; -1 fills short lists
     positives: Positives,
@@ -305,7 +305,7 @@ def evaluate(
     hits = hits_matrix(rankings, positives)
     return _evaluation(hits, positives.counts, [metrics] if isinstance(metrics, str) else metrics)
 
-
+# %% ../nbs/03a_evaluation.ipynb #84aca705
 def _evaluation(hits: np.ndarray, counts: np.ndarray, metrics: Sequence[str]) -> Evaluation:
     "The means and the values of every query, from the hits."
     scored = counts > 0
@@ -314,6 +314,98 @@ def _evaluation(hits: np.ndarray, counts: np.ndarray, metrics: Sequence[str]) ->
     columns = {name: np.where(scored, _metric(name, hits, counts), np.nan) for name in metrics}
     values = {name: float(column[scored].mean()) for name, column in columns.items()}
     return Evaluation(values, pd.DataFrame(columns), int((~scored).sum()))
+
+# %% ../nbs/03a_evaluation.ipynb #35100f8d
+def rank(
+    query_vectors: np.ndarray,  # [queries, dim]
+    gallery_vectors: np.ndarray,  # [gallery, dim]
+    k: int,  # depth; a smaller gallery gives shorter lists
+    exclude_self: bool = False,  # query i is gallery row i and must not find itself
+    with_scores: bool = False,  # give (rankings, scores) back
+) -> Any:  # int64 [queries, depth], or that and float32 scores
+    "The `k` gallery rows with the largest inner product, exactly; equal scores in the order of the rows."
+    queries, gallery = _matrix(query_vectors, "query_vectors"), _matrix(gallery_vectors, "gallery_vectors")
+    if queries.shape[1] != gallery.shape[1]:
+        raise InputError(f"rank: queries have {queries.shape[1]} dimensions, the gallery has {gallery.shape[1]}")
+    own = np.arange(len(queries)) if exclude_self else None
+    if exclude_self and len(queries) != len(gallery):
+        raise InputError(f"rank: exclude_self needs queries = gallery, found {len(queries)} and {len(gallery)} rows")
+    scores, rows = _search(queries, gallery, k, own)
+    return (rows, scores) if with_scores else rows
+
+# %% ../nbs/03a_evaluation.ipynb #82f4225f
+def _search(queries: np.ndarray, gallery: np.ndarray, k: int, own: np.ndarray | None = None) -> tuple:
+    "Exact (scores, rows) with settled ties; `own` = for each query the gallery row to leave out."
+    if k < 1:
+        raise InputError(f"k = {k}: ask for at least one result")
+    most = len(gallery) - (own is not None)
+    k = min(k, most)
+    scores, rows = _settled(queries, gallery, k + (own is not None))
+    if own is None:
+        return scores, rows
+    return _without_own(scores, rows, own)
+
+# %% ../nbs/03a_evaluation.ipynb #d97ccba4
+def _without_own(scores: np.ndarray, rows: np.ndarray, own: np.ndarray) -> tuple:
+    "Drop each query's own row, or the last result where equal pictures pushed it out of the list."
+    keep = rows != own[:, None]
+    keep[keep.all(axis=1), -1] = False
+    shape = (len(rows), rows.shape[1] - 1)
+    return scores[keep].reshape(shape), rows[keep].reshape(shape)
+
+# %% ../nbs/03a_evaluation.ipynb #70d4825f
+def _matrix(vectors: np.ndarray, name: str) -> np.ndarray:
+    "Finite float32 [items, dim], in one block of memory."
+    vectors = np.ascontiguousarray(vectors, dtype=np.float32)
+    if vectors.ndim != 2 or not len(vectors):
+        raise InputError(f"{name}: expected [items, dim] with at least one item, found shape {vectors.shape}")
+    sums = vectors @ np.ones(vectors.shape[1], np.float32)
+    if not np.isfinite(sums).all():
+        row = int(np.argmin(np.isfinite(sums)))
+        raise InputError(f"{name}: row {row} holds NaN or infinite numbers; check what made it")
+    return vectors
+
+# %% ../nbs/03a_evaluation.ipynb #63381473
+def _settled(queries: np.ndarray, gallery: np.ndarray, k: int) -> tuple:
+    "The first `k` by (score descending, row ascending); a tie that runs over the edge is searched deeper."
+    import faiss
+
+    wide = min(k + 1, len(gallery))
+    scores, rows = faiss.knn(queries, gallery, wide, metric=faiss.METRIC_INNER_PRODUCT)
+    tied = np.flatnonzero((scores[:, 1:] == scores[:, :-1]).any(axis=1))
+    if len(tied):
+        order = np.lexsort((rows[tied], -scores[tied]))
+        rows[tied] = np.take_along_axis(rows[tied], order, axis=1)
+    if wide > k:
+        over = np.flatnonzero(scores[:, k - 1] == scores[:, k])
+        scores, rows = scores[:, :k], rows[:, :k]
+        if len(over):
+            deeper = _settled(queries[over], gallery, min(4 * wide, len(gallery)))
+            scores[over], rows[over] = deeper[0][:, :k], deeper[1][:, :k]
+    return scores, rows
+
+# %% ../nbs/03a_evaluation.ipynb #fd795cd1
+def recall_curve(rankings: np.ndarray, positives: Positives) -> np.ndarray:  # [depth]
+    "Mean recall at 1, 2, ..., depth over the queries that have positives."
+    scored = positives.counts > 0
+    found = np.cumsum(hits_matrix(rankings, positives)[scored], axis=1)
+    return (found / positives.counts[scored][:, None]).mean(axis=0)
+
+# %% ../nbs/03a_evaluation.ipynb #97890d62
+def plot_recall(
+    curves: dict[str, np.ndarray],  # name -> recall at 1, 2, ... (see `recall_curve`)
+) -> Any:  # the matplotlib figure
+    "Recall against the number of results that a shopper looks at."
+    import matplotlib.pyplot as plt
+
+    fig, ax = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    styles = ("-", "--", "-.", ":")
+    for i, (name, curve) in enumerate(curves.items()):
+        ax.plot(np.arange(1, len(curve) + 1), curve, styles[i % 4], label=name)
+    ax.set(xlabel="results looked at", ylabel="recall", xscale="log", ylim=(0, 1))
+    ax.grid(alpha=0.3)
+    ax.legend()
+    return fig
 
 # %% ../nbs/03a_evaluation.ipynb #45026db0
 def confidence_interval(
@@ -372,7 +464,7 @@ def paired_test(
     low, high = confidence_interval(gaps, level, seed=seed)
     return PairedTest(float(gaps.mean()), low, high, float(p_value), len(gaps))
 
-# %% ../nbs/03a_evaluation.ipynb #09e1644f
+# %% ../nbs/03a_evaluation.ipynb #8c66aac1
 def _gaps(a: Sequence[float], b: Sequence[float]) -> np.ndarray:
     "Differences of the queries that both systems have a value for."
     a, b = np.asarray(a, float), np.asarray(b, float)
@@ -382,7 +474,7 @@ def _gaps(a: Sequence[float], b: Sequence[float]) -> np.ndarray:
         raise InputError("paired_test: the systems have values for different queries; evaluate both on the same positives")
     return (a - b)[~np.isnan(a)]
 
-
+# %% ../nbs/03a_evaluation.ipynb #87c7ac7b
 def _flipped_means(gaps: np.ndarray, samples: int, random: np.random.Generator) -> np.ndarray:
     "Mean difference after random sign flips, `samples` times, in blocks."
     moving = gaps[gaps != 0]
@@ -419,6 +511,23 @@ def _one_per_query(values: Sequence, evaluation: Evaluation, what: str) -> np.nd
 def _low_high(values: Sequence[float], seed: int) -> dict[str, float]:
     return dict(zip(("low", "high"), confidence_interval(values, samples=500, seed=seed), strict=True))
 
+# %% ../nbs/03a_evaluation.ipynb #b0c53613
+def plot_per_category(
+    table: pd.DataFrame,  # from `per_category`
+    most: int = 20,  # how many categories to show, the largest
+) -> Any:  # the matplotlib figure
+    "Bars of the table's first metric with its interval, one a category."
+    import matplotlib.pyplot as plt
+
+    metric = table.columns[1]
+    shown = table.head(most).sort_values(metric)
+    fig, ax = plt.subplots(figsize=(6, 0.8 + 0.26 * len(shown)), layout="constrained")
+    spread = np.maximum([shown[metric] - shown["low"], shown["high"] - shown[metric]], 0)
+    ax.barh([f"{c or 'no category'} ({n})" for c, n in shown["queries"].items()], shown[metric], color="#205493")
+    ax.errorbar(shown[metric], np.arange(len(shown)), xerr=spread, fmt="none", ecolor="#333", capsize=2)
+    ax.set(xlabel=metric, xlim=(0, 1.02))
+    return fig
+
 # %% ../nbs/03a_evaluation.ipynb #cc5ca614
 def worst_queries(
     evaluation: Evaluation,
@@ -430,74 +539,42 @@ def worst_queries(
         raise InputError(f"metric {metric!r}: not in this evaluation{did_you_mean(metric, evaluation.values)}")
     return evaluation.per_query.dropna().sort_values(metric, kind="stable").head(n)
 
-# %% ../nbs/03a_evaluation.ipynb #35100f8d
-def rank(
-    query_vectors: np.ndarray,  # [queries, dim]
-    gallery_vectors: np.ndarray,  # [gallery, dim]
-    k: int,  # depth; a smaller gallery gives shorter lists
-    exclude_self: bool = False,  # query i is gallery row i and must not find itself
-    with_scores: bool = False,  # give (rankings, scores) back
-) -> Any:  # int64 [queries, depth], or that and float32 scores
-    "The `k` gallery rows with the largest inner product, exactly; equal scores in the order of the rows."
-    queries, gallery = _matrix(query_vectors, "query_vectors"), _matrix(gallery_vectors, "gallery_vectors")
-    if queries.shape[1] != gallery.shape[1]:
-        raise InputError(f"rank: queries have {queries.shape[1]} dimensions, the gallery has {gallery.shape[1]}")
-    own = np.arange(len(queries)) if exclude_self else None
-    if exclude_self and len(queries) != len(gallery):
-        raise InputError(f"rank: exclude_self needs queries = gallery, found {len(queries)} and {len(gallery)} rows")
-    scores, rows = _search(queries, gallery, k, own)
-    return (rows, scores) if with_scores else rows
+# %% ../nbs/03a_evaluation.ipynb #86104e25
+def result_sheet(
+    query_images: Sequence,  # PIL pictures or arrays [height, width, 3]
+    result_images: Sequence[Sequence],  # for each query its results, best first
+    hits: np.ndarray,  # bool [queries, results]
+    titles: Sequence[str] | None = None,  # one per query
+    size: float = 1.15,  # inches a picture
+) -> Any:  # the matplotlib figure
+    "One line a query: its picture, then the results with a tick and a green frame, or a cross and a red one."
+    import matplotlib.pyplot as plt
 
-# %% ../nbs/03a_evaluation.ipynb #70d4825f
-def _matrix(vectors: np.ndarray, name: str) -> np.ndarray:
-    "Finite float32 [items, dim], in one block of memory."
-    vectors = np.ascontiguousarray(vectors, dtype=np.float32)
-    if vectors.ndim != 2 or not len(vectors):
-        raise InputError(f"{name}: expected [items, dim] with at least one item, found shape {vectors.shape}")
-    sums = vectors @ np.ones(vectors.shape[1], np.float32)
-    if not np.isfinite(sums).all():
-        row = int(np.argmin(np.isfinite(sums)))
-        raise InputError(f"{name}: row {row} holds NaN or infinite numbers; check what made it")
-    return vectors
+    columns = 1 + max(len(results) for results in result_images)
+    shape = (len(query_images), columns)
+    fig, axes = plt.subplots(*shape, figsize=(columns * size, shape[0] * size * 1.2), squeeze=False, layout="constrained")
+    for i, line in enumerate(axes):
+        _tile(line[0], query_images[i], titles[i] if titles is not None else "query", "#222222")
+        for j, ax in enumerate(line[1:]):
+            _result_tile(ax, result_images[i], hits[i], j)
+    return fig
 
-# %% ../nbs/03a_evaluation.ipynb #bb683fd9
-def _search(queries: np.ndarray, gallery: np.ndarray, k: int, own: np.ndarray | None = None) -> tuple:
-    "Exact (scores, rows) with settled ties; `own` = for each query the gallery row to leave out."
-    if k < 1:
-        raise InputError(f"k = {k}: ask for at least one result")
-    most = len(gallery) - (own is not None)
-    k = min(k, most)
-    scores, rows = _settled(queries, gallery, k + (own is not None))
-    if own is None:
-        return scores, rows
-    return _without_own(scores, rows, own)
+# %% ../nbs/03a_evaluation.ipynb #f290b870
+def _result_tile(ax: Any, images: Sequence, hits: np.ndarray, j: int) -> None:
+    "Result `j` with its verdict in words, sign and colour; an empty place when the list is shorter."
+    if j < len(images):
+        _tile(ax, images[j], f"{j + 1} {'✓ hit' if hits[j] else '✗ miss'}", "#1a7f37" if hits[j] else "#b42318")
+    else:
+        ax.axis("off")
 
 
-def _without_own(scores: np.ndarray, rows: np.ndarray, own: np.ndarray) -> tuple:
-    "Drop each query's own row, or the last result where equal pictures pushed it out of the list."
-    keep = rows != own[:, None]
-    keep[keep.all(axis=1), -1] = False
-    shape = (len(rows), rows.shape[1] - 1)
-    return scores[keep].reshape(shape), rows[keep].reshape(shape)
-
-# %% ../nbs/03a_evaluation.ipynb #63381473
-def _settled(queries: np.ndarray, gallery: np.ndarray, k: int) -> tuple:
-    "The first `k` by (score descending, row ascending); a tie that runs over the edge is searched deeper."
-    import faiss
-
-    wide = min(k + 1, len(gallery))
-    scores, rows = faiss.knn(queries, gallery, wide, metric=faiss.METRIC_INNER_PRODUCT)
-    tied = np.flatnonzero((scores[:, 1:] == scores[:, :-1]).any(axis=1))
-    if len(tied):
-        order = np.lexsort((rows[tied], -scores[tied]))
-        rows[tied] = np.take_along_axis(rows[tied], order, axis=1)
-    if wide > k:
-        over = np.flatnonzero(scores[:, k - 1] == scores[:, k])
-        scores, rows = scores[:, :k], rows[:, :k]
-        if len(over):
-            deeper = _settled(queries[over], gallery, min(4 * wide, len(gallery)))
-            scores[over], rows[over] = deeper[0][:, :k], deeper[1][:, :k]
-    return scores, rows
+def _tile(ax: Any, image: Any, title: str, colour: str) -> None:
+    "One framed picture."
+    ax.imshow(image)
+    ax.set(xticks=[], yticks=[])
+    ax.set_title(title, fontsize=7, pad=4, color=colour)
+    for side in ax.spines.values():
+        side.set(color=colour, linewidth=2.5)
 
 # %% ../nbs/03a_evaluation.ipynb #da8326b1
 def leave_one_out(
@@ -520,7 +597,7 @@ def leave_one_out(
 
 LEAVE_ONE_OUT = ("P@1", "R-precision", "MAP@R")
 
-# %% ../nbs/03a_evaluation.ipynb #e9b5e4f0
+# %% ../nbs/03a_evaluation.ipynb #67e32d55
 def _blocks_by_depth(counts: np.ndarray, most: int = 16_384) -> Iterable[np.ndarray]:
     "Items that have company, in blocks of like depth, so that few large classes do not make all searches deep."
     order = np.argsort(counts, kind="stable")[np.count_nonzero(counts == 0) :]
@@ -529,7 +606,7 @@ def _blocks_by_depth(counts: np.ndarray, most: int = 16_384) -> Iterable[np.ndar
         yield np.sort(order[-size:])
         order = order[:-size]
 
-
+# %% ../nbs/03a_evaluation.ipynb #ed211125
 def _table_evaluation(table: np.ndarray, names: Sequence[str]) -> Evaluation:
     "An evaluation from a table [queries, metrics] with NaN lines."
     alone = np.isnan(table[:, 0])
@@ -556,80 +633,3 @@ def _cell(value: Any, digits: int) -> Any:
         number, low, high = (f"{v:.{digits}f}" for v in value)
         return f"{number} [{low}, {high}]"
     return round(value, digits) if isinstance(value, (float, np.floating)) else value
-
-# %% ../nbs/03a_evaluation.ipynb #2e63d192
-def recall_curve(rankings: np.ndarray, positives: Positives) -> np.ndarray:  # [depth]
-    "Mean recall at 1, 2, ..., depth over the queries that have positives."
-    scored = positives.counts > 0
-    found = np.cumsum(hits_matrix(rankings, positives)[scored], axis=1)
-    return (found / positives.counts[scored][:, None]).mean(axis=0)
-
-
-def plot_recall(
-    curves: dict[str, np.ndarray],  # name -> recall at 1, 2, ... (see `recall_curve`)
-) -> Any:  # the matplotlib figure
-    "Recall against the number of results that a shopper looks at."
-    import matplotlib.pyplot as plt
-
-    fig, ax = plt.subplots(figsize=(6, 3.6), layout="constrained")
-    styles = ("-", "--", "-.", ":")
-    for i, (name, curve) in enumerate(curves.items()):
-        ax.plot(np.arange(1, len(curve) + 1), curve, styles[i % 4], label=name)
-    ax.set(xlabel="results looked at", ylabel="recall", xscale="log", ylim=(0, 1))
-    ax.grid(alpha=0.3)
-    ax.legend()
-    return fig
-
-# %% ../nbs/03a_evaluation.ipynb #74cc7933
-def plot_per_category(
-    table: pd.DataFrame,  # from `per_category`
-    most: int = 20,  # how many categories to show, the largest
-) -> Any:  # the matplotlib figure
-    "Bars of the table's first metric with its interval, one a category."
-    import matplotlib.pyplot as plt
-
-    metric = table.columns[1]
-    shown = table.head(most).sort_values(metric)
-    fig, ax = plt.subplots(figsize=(6, 0.8 + 0.26 * len(shown)), layout="constrained")
-    spread = np.maximum([shown[metric] - shown["low"], shown["high"] - shown[metric]], 0)
-    ax.barh([f"{c or 'no category'} ({n})" for c, n in shown["queries"].items()], shown[metric], color="#205493")
-    ax.errorbar(shown[metric], np.arange(len(shown)), xerr=spread, fmt="none", ecolor="#333", capsize=2)
-    ax.set(xlabel=metric, xlim=(0, 1))
-    return fig
-
-# %% ../nbs/03a_evaluation.ipynb #86104e25
-def result_sheet(
-    query_images: Sequence,  # PIL pictures or arrays [height, width, 3]
-    result_images: Sequence[Sequence],  # for each query its results, best first
-    hits: np.ndarray,  # bool [queries, results]
-    titles: Sequence[str] | None = None,  # one per query
-    size: float = 1.15,  # inches a picture
-) -> Any:  # the matplotlib figure
-    "One line a query: its picture, then the results with a tick and a green frame, or a cross and a red one."
-    import matplotlib.pyplot as plt
-
-    columns = 1 + max(len(results) for results in result_images)
-    shape = (len(query_images), columns)
-    fig, axes = plt.subplots(*shape, figsize=(columns * size, shape[0] * size * 1.2), squeeze=False, layout="constrained")
-    for i, line in enumerate(axes):
-        _tile(line[0], query_images[i], titles[i] if titles is not None else "query", "#222222")
-        for j, ax in enumerate(line[1:]):
-            _result_tile(ax, result_images[i], hits[i], j)
-    return fig
-
-# %% ../nbs/03a_evaluation.ipynb #cdaa26cc
-def _result_tile(ax: Any, images: Sequence, hits: np.ndarray, j: int) -> None:
-    "Result `j` with its verdict in words, sign and colour; an empty place when the list is shorter."
-    if j < len(images):
-        _tile(ax, images[j], f"{j + 1} {'✓ hit' if hits[j] else '✗ miss'}", "#1a7f37" if hits[j] else "#b42318")
-    else:
-        ax.axis("off")
-
-
-def _tile(ax: Any, image: Any, title: str, colour: str) -> None:
-    "One framed picture."
-    ax.imshow(image)
-    ax.set(xticks=[], yticks=[])
-    ax.set_title(title, fontsize=7, pad=2, color=colour)
-    for side in ax.spines.values():
-        side.set(color=colour, linewidth=2.5)
