@@ -100,7 +100,7 @@ def test_bad_csv(tmp_path, content, words):
 
 def test_missing_files(tmp_path):
     for name in ("no.csv", "no.parquet", "no"):
-        with pytest.raises(InputError, match="no"):
+        with pytest.raises(InputError, match=f"{name}: .*check the path"):
             open_catalog(tmp_path / name)
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 nothing")
     with pytest.raises(InputError, match=r"broken\.parquet"):

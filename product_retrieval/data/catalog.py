@@ -619,7 +619,7 @@ def __getattr__(name: str) -> Any:
         return _above(name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
-# %% ../../nbs/01a_catalog.ipynb #b29e9878
+# %% ../../nbs/01a_catalog.ipynb #c3199b9b
 def open_catalog(
     path: str | Path,  # a catalogue folder, a CSV or Parquet file, or a folder of pictures in class folders
     checked: bool = True,  # False: keep faulty rows, for `check_catalog`
@@ -628,7 +628,7 @@ def open_catalog(
     path = Path(path)
     if path.suffix.lower() == ".parquet":
         return Catalog.from_parquet(path, checked=checked)
-    if path.is_file():
+    if path.is_file() or not path.exists():
         return Catalog.from_csv(path, checked=checked)
     if (path / "catalog.json").exists():
         return Catalog.load(path, checked=checked)
