@@ -31,12 +31,100 @@ else:
     import tomli as tomllib
 
 # %% auto #0
-__all__ = ['TrainConfig', 'load_recipe', 'from_table', 'parameter_groups', 'decays', 'rate_factor', 'rate_at', 'Plan',
-           'make_plan', 'update_average', 'decay_at', 'map_batch', 'batch_size', 'to_device', 'share_of',
-           'MemoryBatches', 'shares_from', 'every_batch', 'groups_from', 'Task', 'use_bf16', 'Run', 'train_step',
-           'accumulate_gradients', 'learning_rate', 'seed_step', 'CsvLog', 'read_log', 'save_checkpoint', 'delivered',
-           'checkpoints', 'optimizer_tensors', 'restore_optimizer', 'load_checkpoint', 'run_validation', 'judge',
-           'embed_batches', 'retrieval_validation', 'fit', 'History', 'plot_history']
+__all__ = ['MemoryBatches', 'map_batch', 'batch_size', 'to_device', 'embed_batches', 'retrieval_validation', 'TrainConfig',
+           'load_recipe', 'from_table', 'Plan', 'make_plan', 'decays', 'rate_factor', 'parameter_groups', 'Task',
+           'rate_at', 'update_average', 'decay_at', 'share_of', 'shares_from', 'every_batch', 'groups_from', 'Run',
+           'new_run', 'use_bf16', 'train_step', 'accumulate_gradients', 'learning_rate', 'seed_step', 'checkpoints',
+           'CsvLog', 'read_log', 'save_checkpoint', 'delivered', 'optimizer_tensors', 'restore_optimizer',
+           'load_checkpoint', 'run_validation', 'judge', 'fit', 'validate_if_due', 'save_if_due', 'History',
+           'plot_history']
+
+# %% ../nbs/05a_training.ipynb #cd89beb6
+class MemoryBatches:
+    "Batches of tensors (and lists) that fit in memory, in an order that depends on (seed, epoch) only."
+
+    def __init__(self, *columns: Any, batch_size: int = 64, shuffle: bool = True, seed: int = 0):
+        self.columns, self.batch_size, self.shuffle, self.seed, self.epoch = columns, batch_size, shuffle, seed, 0
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.columns[0]) / self.batch_size)
+
+    def __iter__(self) -> Iterator[tuple]:
+        return self.iter_from(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        "Choose the order of this epoch."
+        self.epoch = epoch
+
+    def iter_from(self, start: int) -> Iterator[tuple]:
+        "The epoch's batches from number `start` on."
+        count = len(self.columns[0])
+        order = np.random.default_rng([self.seed, self.epoch]).permutation(count) if self.shuffle else np.arange(count)
+        for at in range(start * self.batch_size, count, self.batch_size):
+            rows = order[at : at + self.batch_size]
+            yield tuple(c[torch.from_numpy(rows)] if torch.is_tensor(c) else [c[r] for r in rows] for c in self.columns)
+
+# %% ../nbs/05a_training.ipynb #015dcf9d
+def map_batch(function: Callable, batch: Any) -> Any:
+    "The same kind of batch (a dataclass, dict, tuple or tensor) with `function` applied to each field."
+    if is_dataclass(batch):
+        return replace(batch, **{f.name: function(getattr(batch, f.name)) for f in fields(batch)})
+    if isinstance(batch, Mapping):
+        return {key: function(value) for key, value in batch.items()}
+    if isinstance(batch, (tuple, list)):
+        return type(batch)(function(value) for value in batch)
+    return function(batch)
+
+# %% ../nbs/05a_training.ipynb #4e0f28fd
+def _fields(batch: Any) -> list:
+    "The values in a batch."
+    values: list = []
+    map_batch(lambda value: values.append(value) or value, batch)
+    return values
+
+# %% ../nbs/05a_training.ipynb #f07ff4bf
+def batch_size(batch: Any) -> int:
+    "The number of items in a batch: the length of its first tensor."
+    for value in _fields(batch):
+        if torch.is_tensor(value) and value.ndim:
+            return len(value)
+    raise InputError(f"a batch of type {type(batch).__name__} holds no tensor; expected a dataclass, dict or tuple with tensors")
+
+# %% ../nbs/05a_training.ipynb #2cdf6573
+def to_device(batch: Any, device: torch.device) -> Any:
+    "The batch with its tensors on `device`."
+    return map_batch(lambda value: value.to(device, non_blocking=True) if torch.is_tensor(value) else value, batch)
+
+# %% ../nbs/05a_training.ipynb #4201f2fb
+def embed_batches(model: nn.Module, batches: Iterable, embed: Callable | None = None) -> np.ndarray:
+    "Vectors of all items, of length 1: float32 [items, dim]; `embed(model, batch)` says how, default model(batch.pixels)."
+    device, was_training = next(model.parameters()).device, model.training
+    embed = embed or (lambda model, batch: model(batch.pixels if hasattr(batch, "pixels") else batch[0]))
+    model.eval()
+    with torch.no_grad():
+        parts = [nn.functional.normalize(embed(model, to_device(b, device)).float(), dim=-1).cpu() for b in batches]
+    model.train(was_training)
+    return torch.cat(parts).numpy()
+
+# %% ../nbs/05a_training.ipynb #ff40ce37
+def retrieval_validation(
+    queries: Iterable,  # batches of queries, in order
+    gallery: Iterable,  # batches of gallery items, in order
+    positives: Any,  # evaluation.Positives of these queries in this gallery
+    metrics: Sequence[str] = ("MAR@10",),
+    embed: Callable | None = None,  # (model, batch) -> [batch, dim]
+) -> Callable[[nn.Module], dict[str, float]]:
+    "A function of the model for `fit(validate=...)`: embeds both sides, ranks by cosine, scores."
+    from product_retrieval.evaluation import evaluate, rank
+
+    depth = max([10, *(int(m.split("@")[1]) for m in metrics if m.split("@")[-1].isdigit())])
+
+    def validate(model: nn.Module) -> dict[str, float]:
+        shelf = embed_batches(model, gallery, embed)
+        rankings = rank(embed_batches(model, queries, embed), shelf, k=min(depth, len(shelf)))
+        return {name: float(value) for name, value in evaluate(rankings, positives, metrics=tuple(metrics)).values.items()}
+
+    return validate
 
 # %% ../nbs/05a_training.ipynb #75f6d734
 @dataclass
@@ -66,7 +154,7 @@ class TrainConfig:
     def __post_init__(self):
         _check_config(self)
 
-# %% ../nbs/05a_training.ipynb #66bd001e
+# %% ../nbs/05a_training.ipynb #325e76f9
 _POSITIVE = ("epochs", "accumulate", "keep")
 _NOT_NEGATIVE = ("learning_rate", "weight_decay", "warmup", "final_rate", "clip", "ema", "seed", "max_steps",
                  "validate_every", "patience", "checkpoint_every")
@@ -74,7 +162,7 @@ _AT_LEAST = {**dict.fromkeys(_POSITIVE, 1), **dict.fromkeys(_NOT_NEGATIVE, 0)}
 _AT_MOST = {"warmup": 1, "final_rate": 1, "ema": 0.999999}
 _PRECISIONS = ("auto", "fp32", "bf16")
 
-
+# %% ../nbs/05a_training.ipynb #5537d675
 def _check_config(config: TrainConfig) -> None:
     "Raise `InputError` for a value outside its range."
     for name, bound in _AT_LEAST.items():
@@ -100,9 +188,20 @@ def load_recipe(
         raise InputError(f"{path}: not valid TOML ({error})") from None
     return from_table(cls, table, str(path))
 
-# %% ../nbs/05a_training.ipynb #1ff98459
+# %% ../nbs/05a_training.ipynb #2890090e
 def from_table(cls: type, table: Mapping, where: str = "recipe", prefix: str = "") -> Any:
     "Make a `cls` of a TOML table; `where` and `prefix` name file and table in errors."
+    _check_keys(cls, table, where, prefix)
+    hints = get_type_hints(cls)
+    values = {key: _as_type(hints[key], value, where, prefix + key) for key, value in table.items()}
+    try:
+        return cls(**values)
+    except InputError as error:
+        raise InputError(f"{where}: {prefix}{error}") from None
+
+# %% ../nbs/05a_training.ipynb #b9518ff8
+def _check_keys(cls: type, table: Mapping, where: str, prefix: str) -> None:
+    "Every key is known, and every key without a default is there."
     known = {f.name: f for f in fields(cls) if f.init}
     for key in table:
         if key not in known:
@@ -110,12 +209,6 @@ def from_table(cls: type, table: Mapping, where: str = "recipe", prefix: str = "
     for name, entry in known.items():
         if name not in table and entry.default is MISSING and entry.default_factory is MISSING:
             raise InputError(f"{where}: key {prefix + name!r} is missing; add it")
-    hints = get_type_hints(cls)
-    values = {key: _as_type(hints[key], value, where, prefix + key) for key, value in table.items()}
-    try:
-        return cls(**values)
-    except InputError as error:
-        raise InputError(f"{where}: {prefix}{error}") from None
 
 # %% ../nbs/05a_training.ipynb #a137d61a
 def _as_type(kind: Any, value: Any, where: str, key: str) -> Any:
@@ -136,7 +229,7 @@ def _as_type(kind: Any, value: Any, where: str, key: str) -> Any:
 
 _UNION = type(int | str)
 
-# %% ../nbs/05a_training.ipynb #da07cd68
+# %% ../nbs/05a_training.ipynb #0124e741
 def _fits(kind: Any, value: Any) -> bool:
     "Whether a TOML value has the type; true and false are no numbers, a whole number may stand for a float."
     if kind is Any:
@@ -147,7 +240,7 @@ def _fits(kind: Any, value: Any) -> bool:
         return False
     return isinstance(value, (int, float) if kind is float else kind) if isinstance(kind, type) else False
 
-
+# %% ../nbs/05a_training.ipynb #c105e413
 def _first_fit(kinds: Sequence, value: Any, where: str, key: str) -> Any:
     "`value` as the first of several types that takes it."
     for kind in kinds:
@@ -157,14 +250,44 @@ def _first_fit(kinds: Sequence, value: Any, where: str, key: str) -> Any:
             problem = error
     raise problem
 
-
+# %% ../nbs/05a_training.ipynb #a5623aec
 def _type_name(kind: Any) -> str:
     "A type hint in words."
     words = {int: "a whole number", float: "a number", str: "text in quotes", bool: "true or false", Path: "a path in quotes",
              dict: "a table", list: "a list", tuple: "a list"}
     return "a table" if is_dataclass(kind) else words.get(get_origin(kind) or kind, str(kind))
 
-# %% ../nbs/05a_training.ipynb #5f1418d7
+# %% ../nbs/05a_training.ipynb #8e031467
+@dataclass(frozen=True)
+class Plan:
+    "How many steps a run has, and where what happens."
+
+    steps_per_epoch: int
+    total: int  # steps
+    warmup: int  # steps
+    validate_every: int  # steps
+    checkpoint_every: int  # steps
+
+# %% ../nbs/05a_training.ipynb #5a1c85ba
+def make_plan(batches_per_epoch: int, config: TrainConfig) -> Plan:
+    "Turn epochs and shares into steps."
+    per_epoch = math.ceil(batches_per_epoch / config.accumulate)
+    total = config.max_steps or per_epoch * config.epochs
+    warmup = round(config.warmup * total)
+    return Plan(per_epoch, total, warmup, config.validate_every or per_epoch, config.checkpoint_every or per_epoch)
+
+# %% ../nbs/05a_training.ipynb #0cf7d4fe
+def decays(parameter: nn.Parameter) -> bool:
+    "Whether weight decay applies: to matrices and filters, not to biases, norms and scalars."
+    return parameter.ndim >= 2
+
+# %% ../nbs/05a_training.ipynb #f989b34a
+def rate_factor(name: str, rates: Mapping[str, float]) -> float:
+    "The factor of the longest entry of `rates` that begins the parameter's `name`; 1 when there is none."
+    fitting = [start for start in rates if (name + ".").startswith(start + ".")]
+    return float(rates[max(fitting, key=len)]) if fitting else 1.0
+
+# %% ../nbs/05a_training.ipynb #7e85fd07
 def parameter_groups(
     task: nn.Module,  # model and objective
     config: TrainConfig,
@@ -173,24 +296,13 @@ def parameter_groups(
     groups: dict[tuple, dict] = {}
     for name, parameter in task.named_parameters():
         if parameter.requires_grad:
-            key = (decays(parameter), rate_factor(name, config.rates))
-            decay = config.weight_decay if key[0] else 0.0
-            group = groups.setdefault(key, {"params": [], "names": [], "weight_decay": decay, "factor": key[1]})
+            decay, factor = config.weight_decay * decays(parameter), rate_factor(name, config.rates)
+            empty = {"params": [], "names": [], "weight_decay": decay, "factor": factor}
+            group = groups.setdefault((decay, factor), empty)
             group["params"].append(parameter)
             group["names"].append(name)
     _check_rates(task, config.rates)
     return list(groups.values())
-
-# %% ../nbs/05a_training.ipynb #b0cbe75f
-def decays(parameter: nn.Parameter) -> bool:
-    "Whether weight decay applies: to matrices and filters, not to biases, norms and scalars."
-    return parameter.ndim >= 2
-
-
-def rate_factor(name: str, rates: Mapping[str, float]) -> float:
-    "The factor of the longest entry of `rates` that begins the parameter's `name`; 1 when there is none."
-    fitting = [start for start in rates if (name + ".").startswith(start + ".")]
-    return float(rates[max(fitting, key=len)]) if fitting else 1.0
 
 # %% ../nbs/05a_training.ipynb #136f4e7b
 def _check_rates(task: nn.Module, rates: Mapping[str, float]) -> None:
@@ -200,6 +312,21 @@ def _check_rates(task: nn.Module, rates: Mapping[str, float]) -> None:
         if not any((name + ".").startswith(start + ".") for name in names):
             modules = [name for name, _ in task.named_modules() if name] + names
             raise InputError(f"rates: no parameter's name begins with {start!r}{did_you_mean(start, modules)}")
+
+# %% ../nbs/05a_training.ipynb #7a8a3a1a
+class Task(nn.Module):
+    "Model and objective as one module: what is trained, saved and shared between processes."
+
+    def __init__(self, model: nn.Module, objective: Callable, bf16: bool = False):
+        super().__init__()
+        self.model, self.objective, self.bf16 = model, objective, bf16
+
+    def forward(self, batch: Any) -> dict[str, torch.Tensor]:
+        "The objective's values by name; `loss` is the one that trains."
+        device = next(self.model.parameters()).device.type
+        with torch.autocast(device, torch.bfloat16, enabled=self.bf16):
+            values = self.objective(self.model, batch)
+        return dict(values) if isinstance(values, Mapping) else {"loss": values}
 
 # %% ../nbs/05a_training.ipynb #da325a38
 def rate_at(
@@ -214,26 +341,7 @@ def rate_at(
     done = (step - warmup) / max(1, total - warmup)
     return final + (1 - final) * (1 + math.cos(math.pi * min(1.0, done))) / 2
 
-# %% ../nbs/05a_training.ipynb #9d0a1550
-@dataclass(frozen=True)
-class Plan:
-    "How many steps a run has, and where what happens."
-
-    steps_per_epoch: int
-    total: int  # steps
-    warmup: int  # steps
-    validate_every: int  # steps
-    checkpoint_every: int  # steps
-
-
-def make_plan(batches_per_epoch: int, config: TrainConfig) -> Plan:
-    "Turn epochs and shares into steps."
-    per_epoch = math.ceil(batches_per_epoch / config.accumulate)
-    total = config.max_steps or per_epoch * config.epochs
-    warmup = round(config.warmup * total)
-    return Plan(per_epoch, total, warmup, config.validate_every or per_epoch, config.checkpoint_every or per_epoch)
-
-# %% ../nbs/05a_training.ipynb #c9dadf6c
+# %% ../nbs/05a_training.ipynb #6014c8e9
 @torch.no_grad()
 def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
     "Move every weight of `average` towards `model`: average = decay * average + (1 - decay) * model."
@@ -242,41 +350,10 @@ def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
     for mean, new in zip(average.buffers(), model.buffers(), strict=True):
         mean.copy_(new)
 
-
+# %% ../nbs/05a_training.ipynb #3e8ac6e3
 def decay_at(step: int, decay: float) -> float:
     "A shorter memory for the first steps, so that the average forgets the random start."
     return min(decay, (1 + step) / (10 + step))
-
-# %% ../nbs/05a_training.ipynb #015dcf9d
-def map_batch(function: Callable, batch: Any) -> Any:
-    "The same kind of batch (a dataclass, dict, tuple or tensor) with `function` applied to each field."
-    if is_dataclass(batch):
-        return replace(batch, **{f.name: function(getattr(batch, f.name)) for f in fields(batch)})
-    if isinstance(batch, Mapping):
-        return {key: function(value) for key, value in batch.items()}
-    if isinstance(batch, (tuple, list)):
-        return type(batch)(function(value) for value in batch)
-    return function(batch)
-
-# %% ../nbs/05a_training.ipynb #c90a05a4
-def _fields(batch: Any) -> list:
-    "The values in a batch."
-    values: list = []
-    map_batch(lambda value: values.append(value) or value, batch)
-    return values
-
-
-def batch_size(batch: Any) -> int:
-    "The number of items in a batch: the length of its first tensor."
-    for value in _fields(batch):
-        if torch.is_tensor(value) and value.ndim:
-            return len(value)
-    raise InputError(f"a batch of type {type(batch).__name__} holds no tensor; expected a dataclass, dict or tuple with tensors")
-
-
-def to_device(batch: Any, device: torch.device) -> Any:
-    "The batch with its tensors on `device`."
-    return map_batch(lambda value: value.to(device, non_blocking=True) if torch.is_tensor(value) else value, batch)
 
 # %% ../nbs/05a_training.ipynb #e860b9a1
 def share_of(batch: Any, process: int, processes: int) -> tuple[Any, int]:
@@ -290,31 +367,6 @@ def share_of(batch: Any, process: int, processes: int) -> tuple[Any, int]:
         return value[first:last] if whole and len(value) == size else value
 
     return map_batch(cut, batch), end - start
-
-# %% ../nbs/05a_training.ipynb #cd89beb6
-class MemoryBatches:
-    "Batches of tensors (and lists) that fit in memory, in an order that depends on (seed, epoch) only."
-
-    def __init__(self, *columns: Any, batch_size: int = 64, shuffle: bool = True, seed: int = 0):
-        self.columns, self.batch_size, self.shuffle, self.seed, self.epoch = columns, batch_size, shuffle, seed, 0
-
-    def __len__(self) -> int:
-        return math.ceil(len(self.columns[0]) / self.batch_size)
-
-    def __iter__(self) -> Iterator[tuple]:
-        return self.iter_from(0)
-
-    def set_epoch(self, epoch: int) -> None:
-        "Choose the order of this epoch."
-        self.epoch = epoch
-
-    def iter_from(self, start: int) -> Iterator[tuple]:
-        "The epoch's batches from number `start` on."
-        count = len(self.columns[0])
-        order = np.random.default_rng([self.seed, self.epoch]).permutation(count) if self.shuffle else np.arange(count)
-        for at in range(start * self.batch_size, count, self.batch_size):
-            rows = order[at : at + self.batch_size]
-            yield tuple(c[torch.from_numpy(rows)] if torch.is_tensor(c) else [c[r] for r in rows] for c in self.columns)
 
 # %% ../nbs/05a_training.ipynb #a21da6f9
 def shares_from(batches: Any, epoch: int, start: int, process: int = 0, processes: int = 1) -> Iterator[tuple[Any, int]]:
@@ -361,45 +413,6 @@ def _check_batches(batches: Any) -> None:
     if len(batches) == 0:
         raise InputError("batches: empty, nothing to train on")
 
-# %% ../nbs/05a_training.ipynb #7a8a3a1a
-class Task(nn.Module):
-    "Model and objective as one module: what is trained, saved and shared between processes."
-
-    def __init__(self, model: nn.Module, objective: Callable, bf16: bool = False):
-        super().__init__()
-        self.model, self.objective, self.bf16 = model, objective, bf16
-
-    def forward(self, batch: Any) -> dict[str, torch.Tensor]:
-        "The objective's values by name; `loss` is the one that trains."
-        device = next(self.model.parameters()).device.type
-        with torch.autocast(device, torch.bfloat16, enabled=self.bf16):
-            values = self.objective(self.model, batch)
-        return dict(values) if isinstance(values, Mapping) else {"loss": values}
-
-# %% ../nbs/05a_training.ipynb #e44049c3
-def use_bf16(precision: str, device: str) -> bool:
-    "Whether to compute in bf16; `auto` says yes where the hardware multiplies matrices in it."
-    if precision != "auto":
-        return precision == "bf16"
-    if torch.device(device).type == "cuda":
-        return torch.cuda.is_bf16_supported()
-    return torch.device(device).type == "cpu" and torch.cpu._is_amx_tile_supported()
-
-# %% ../nbs/05a_training.ipynb #52494550
-def _accelerator(device: str) -> Any:
-    "An Accelerator on the device; precision is `Task`'s matter, so that one notebook may hold runs of both kinds."
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState, PartialState
-
-    if device == "auto" and os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
-        device = "cpu"
-    if "MASTER_ADDR" in os.environ and "ACCELERATE_DYNAMO_BACKEND" in os.environ and "WORLD_SIZE" not in os.environ:
-        print("one process only: `accelerate launch --cpu --num_processes N` needs mpirun; "
-              "use `ACCELERATE_USE_CPU=1 torchrun --nproc_per_node N ...`", file=sys.stderr)
-    if PartialState._shared_state and PartialState().num_processes == 1:
-        AcceleratorState._reset_state(reset_partial_state=True)
-    return Accelerator(cpu=pick_device(device) == "cpu", mixed_precision="no")
-
 # %% ../nbs/05a_training.ipynb #3e28eb9e
 @dataclass
 class Run:
@@ -419,11 +432,8 @@ class Run:
     waited: int = 0  # validations since then
     done: bool = False
 
-# %% ../nbs/05a_training.ipynb #b3474b1f
-_PROGRESS = ("step", "best", "best_step", "waited", "done")
-
-
-def _new_run(model: nn.Module, objective: Callable, batches: Any, config: TrainConfig, folder: Path) -> Run:
+# %% ../nbs/05a_training.ipynb #e5dc7e16
+def new_run(model: nn.Module, objective: Callable, batches: Any, config: TrainConfig, folder: Path) -> Run:
     "Put the parts of a run together, at step 0."
     _check_batches(batches)
     accelerator = _accelerator(config.device)
@@ -434,6 +444,30 @@ def _new_run(model: nn.Module, objective: Callable, batches: Any, config: TrainC
     average = copy.deepcopy(model).eval().requires_grad_(False) if config.ema else None
     plan, parallel = make_plan(len(batches), config), accelerator.prepare_model(task)
     return Run(config, plan, folder, accelerator, task, parallel, optimizer, average)
+
+# %% ../nbs/05a_training.ipynb #52494550
+def _accelerator(device: str) -> Any:
+    "An Accelerator on the device; precision is `Task`'s matter, so that one notebook may hold runs of both kinds."
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, PartialState
+
+    if device == "auto" and os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
+        device = "cpu"
+    if "MASTER_ADDR" in os.environ and "ACCELERATE_DYNAMO_BACKEND" in os.environ and "WORLD_SIZE" not in os.environ:
+        print("one process only: `accelerate launch --cpu --num_processes N` needs mpirun; "
+              "use `ACCELERATE_USE_CPU=1 torchrun --nproc_per_node N ...`", file=sys.stderr)
+    if PartialState._shared_state and PartialState().num_processes == 1:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    return Accelerator(cpu=pick_device(device) == "cpu", mixed_precision="no")
+
+# %% ../nbs/05a_training.ipynb #e44049c3
+def use_bf16(precision: str, device: str) -> bool:
+    "Whether to compute in bf16; `auto` says yes where the hardware multiplies matrices in it."
+    if precision != "auto":
+        return precision == "bf16"
+    if torch.device(device).type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    return torch.device(device).type == "cpu" and torch.cpu._is_amx_tile_supported()
 
 # %% ../nbs/05a_training.ipynb #d63edfe9
 def train_step(run: Run, group: list) -> dict[str, float]:
@@ -466,18 +500,18 @@ def accumulate_gradients(run: Run, group: list) -> dict[str, float]:
             totals[name] = totals.get(name, 0.0) + torch.as_tensor(value).detach().float() * (count / everything)
     return _over_processes(run, totals)
 
-# %% ../nbs/05a_training.ipynb #0bbc072a
+# %% ../nbs/05a_training.ipynb #4c3abe87
 def _over_processes(run: Run, totals: Mapping[str, Any]) -> dict[str, float]:
     "Sum the values over the processes, in one message."
     stacked = torch.stack([torch.as_tensor(v, dtype=torch.float32, device=run.accelerator.device) for v in totals.values()])
     return dict(zip(totals, run.accelerator.reduce(stacked, reduction="sum").tolist(), strict=True))
 
-
+# %% ../nbs/05a_training.ipynb #2598cf16
 def learning_rate(run: Run) -> float:
     "The learning rate of the step that comes."
     return run.config.learning_rate * rate_at(run.step, run.plan.total, run.plan.warmup, run.config.final_rate)
 
-
+# %% ../nbs/05a_training.ipynb #8636eaa9
 def _after_step(run: Run) -> None:
     "Count the step, update the averaged weights, let the objective know."
     run.step += 1
@@ -492,7 +526,7 @@ def seed_step(run: Run, part: int = 0) -> None:
     key = [run.config.seed, run.step, part, run.accelerator.process_index]
     seed_everything(int(np.random.SeedSequence(key).generate_state(1)[0]))
 
-# %% ../nbs/05a_training.ipynb #6c4a6bc4
+# %% ../nbs/05a_training.ipynb #68a8fed4
 def _check_finite(run: Run, group: list, values: Mapping[str, float]) -> None:
     "Stop before the optimizer sees a loss or gradient that is not a number."
     broken = [f"{name} is {values[name]}" for name in ("loss", "gradient_norm") if not math.isfinite(values[name])]
@@ -501,7 +535,7 @@ def _check_finite(run: Run, group: list, values: Mapping[str, float]) -> None:
         raise InputError(f"step {run.step + 1}, epoch {epoch}: {' and '.join(broken)}; look at these items: {_items(group)}; "
                          f"or lower learning_rate ({run.config.learning_rate}); {_last_good(run.folder)}")
 
-
+# %% ../nbs/05a_training.ipynb #96a95daf
 def _items(group: list) -> str:
     "The ids of the items in some batches, when the batches carry them."
     ids = [i for b, _ in group for i in (b.get("item_ids", ()) if isinstance(b, Mapping) else getattr(b, "item_ids", ()))]
@@ -509,11 +543,16 @@ def _items(group: list) -> str:
         ids = [i for b, _ in group for v in _fields(b) if isinstance(v, list) and v and isinstance(v[0], str) for i in v]
     return ", ".join(map(str, ids)) or "the batches carry no item_ids"
 
-
+# %% ../nbs/05a_training.ipynb #56ddfaff
 def _last_good(folder: Path) -> str:
     "Where the newest checkpoint is, in words."
     found = checkpoints(folder)
     return f"the last good checkpoint is {found[-1]}" if found else "there is no checkpoint yet"
+
+# %% ../nbs/05a_training.ipynb #a69da0da
+def checkpoints(folder: str | Path) -> list[Path]:
+    "The complete checkpoints of a run, oldest first."
+    return sorted(p for p in (Path(folder) / "checkpoints").glob("step-*") if (p / "state.json").exists())
 
 # %% ../nbs/05a_training.ipynb #50b39af3
 class CsvLog:
@@ -535,7 +574,7 @@ class CsvLog:
         rows.writerow([step, *values.values()])
         self.file.flush()
 
-# %% ../nbs/05a_training.ipynb #f13f22b2
+# %% ../nbs/05a_training.ipynb #ba39776f
 def _cut_log(path: Path, step: int) -> list[str]:
     "Drop half-written rows and rows after `step`; return the column names."
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -547,7 +586,7 @@ def _cut_log(path: Path, step: int) -> list[str]:
             file.writelines(kept)
     return next(csv.reader(kept[:1]), [])
 
-
+# %% ../nbs/05a_training.ipynb #bdc2e936
 def read_log(path: str | Path) -> Any:
     "A log as a pandas DataFrame with the step as index."
     import pandas as pd
@@ -555,7 +594,7 @@ def read_log(path: str | Path) -> Any:
     path = Path(path)
     return pd.read_csv(path, index_col="step") if path.exists() and path.stat().st_size else pd.DataFrame()
 
-# %% ../nbs/05a_training.ipynb #aa434c73
+# %% ../nbs/05a_training.ipynb #620e4199
 class _Logs:
     "The run's CSV logs and TensorBoard files; silent in all processes but the first."
 
@@ -576,7 +615,7 @@ class _Logs:
         if self.board:
             self.board.close()
 
-
+# %% ../nbs/05a_training.ipynb #f202be05
 def _tensorboard(run: Run) -> Any:
     "A TensorBoard writer that hides what a killed run wrote after the checkpoint."
     from torch.utils.tensorboard import SummaryWriter
@@ -602,12 +641,12 @@ def save_checkpoint(run: Run, improved: bool = False) -> Path:
     run.accelerator.wait_for_everyone()
     return final
 
-# %% ../nbs/05a_training.ipynb #23912e23
+# %% ../nbs/05a_training.ipynb #8f4d066a
 def delivered(run: Run) -> nn.Module:
     "The model that is validated and handed over: the averaged one if there is one."
     return run.task.model if run.average is None else run.average
 
-
+# %% ../nbs/05a_training.ipynb #1f8780f4
 def _keep_best(run: Run, new: Path, improved: bool) -> None:
     "The best weights so far: these ones, or the former checkpoint's (a hard link costs no space)."
     from safetensors.torch import save_model
@@ -621,6 +660,9 @@ def _keep_best(run: Run, new: Path, improved: bool) -> None:
         except OSError:
             shutil.copyfile(former, new / "best.safetensors")
 
+# %% ../nbs/05a_training.ipynb #6d97ee12
+_PROGRESS = ("step", "best", "best_step", "waited", "done")
+
 
 def _progress(run: Run) -> dict:
     "Where the run stands."
@@ -631,12 +673,20 @@ def _identity(run: Run) -> dict:
     "What a run must share with a checkpoint to go on from it."
     return {"config": asdict(run.config), "plan": asdict(run.plan), "processes": run.accelerator.num_processes}
 
-# %% ../nbs/05a_training.ipynb #e002be24
-def checkpoints(folder: str | Path) -> list[Path]:
-    "The complete checkpoints of a run, oldest first."
-    return sorted(p for p in (Path(folder) / "checkpoints").glob("step-*") if (p / "state.json").exists())
+# %% ../nbs/05a_training.ipynb #777b72a9
+_PROGRESS = ("step", "best", "best_step", "waited", "done")
 
 
+def _progress(run: Run) -> dict:
+    "Where the run stands."
+    return {name: getattr(run, name) for name in _PROGRESS}
+
+
+def _identity(run: Run) -> dict:
+    "What a run must share with a checkpoint to go on from it."
+    return {"config": asdict(run.config), "plan": asdict(run.plan), "processes": run.accelerator.num_processes}
+
+# %% ../nbs/05a_training.ipynb #11e4a7dd
 def _forget(folders: Iterable[Path]) -> None:
     "Delete folders; renamed first, so that a half-deleted one is never taken for a checkpoint."
     for folder in folders:
@@ -644,7 +694,7 @@ def _forget(folders: Iterable[Path]) -> None:
         os.replace(folder, bin)
         shutil.rmtree(bin, ignore_errors=True)
 
-
+# %% ../nbs/05a_training.ipynb #e4570bea
 def _to_disk(folder: Path) -> None:
     "Make the operating system write the files out, so that a power cut leaves whole ones."
     for path in folder.iterdir():
@@ -669,14 +719,14 @@ def _clear_disk_errors(folder: Path) -> Iterator[None]:
         raise InputError(f"{folder}: the disk is full ({free} free); {_last_good(folder)}; "
                          "free some space and start the same run again to go on") from error
 
-# %% ../nbs/05a_training.ipynb #49322f8b
+# %% ../nbs/05a_training.ipynb #69ac6233
 def optimizer_tensors(run: Run) -> dict[str, torch.Tensor]:
     "AdamW's memory as named tensors, fit for safetensors."
     names = {parameter: name for name, parameter in run.task.named_parameters()}
     state = run.optimizer.state
     return {f"{names[p]}/{key}": value.contiguous() for p in state for key, value in state[p].items()}
 
-
+# %% ../nbs/05a_training.ipynb #83a4e9aa
 def restore_optimizer(run: Run, tensors: Mapping[str, torch.Tensor]) -> None:
     "The way back."
     parameters = dict(run.task.named_parameters())
@@ -699,7 +749,7 @@ def load_checkpoint(run: Run, folder: Path) -> None:
     for name in _PROGRESS:
         setattr(run, name, state[name])
 
-# %% ../nbs/05a_training.ipynb #5083cf6d
+# %% ../nbs/05a_training.ipynb #b21210c2
 _MAY_CHANGE = ("keep", "tensorboard")
 
 
@@ -713,7 +763,7 @@ def _check_identity(folder: Path, old: dict, new: dict) -> None:
                 raise InputError(f"{folder}: begun with {key} = {before!r}, now {value!r}; "
                                  "use the old value, another folder, or resume=False to start over")
 
-
+# %% ../nbs/05a_training.ipynb #dd97b01e
 def _load(module: nn.Module, path: Path) -> None:
     "Load weights; a file that is broken or of another model is an `InputError`."
     from safetensors import SafetensorError
@@ -726,7 +776,7 @@ def _load(module: nn.Module, path: Path) -> None:
         raise InputError(f"{path}: cannot be loaded into {type(module).__name__} ({reason}); it is broken or of another model; "
                          "delete this checkpoint's folder, or choose another folder for the run") from error
 
-# %% ../nbs/05a_training.ipynb #f717b43a
+# %% ../nbs/05a_training.ipynb #55629586
 def run_validation(run: Run, validate: Callable) -> dict[str, float]:
     "The values of `validate(model)`; computed by the first process, known to all."
     found: list = [None]
@@ -737,7 +787,14 @@ def run_validation(run: Run, validate: Callable) -> dict[str, float]:
         found = [dict(values) if isinstance(values, Mapping) else {"score": float(values)}]
     return _from_main(run, found)[0]
 
+# %% ../nbs/05a_training.ipynb #30329a6b
+def _from_main(run: Run, content: list) -> list:
+    "The first process's list, in every process."
+    from accelerate.utils import broadcast_object_list
 
+    return broadcast_object_list(content) if run.accelerator.num_processes > 1 else content
+
+# %% ../nbs/05a_training.ipynb #5db53ff2
 def judge(run: Run, values: Mapping[str, float]) -> bool:
     "Note whether the deciding value is the best so far; say `done` when patience is over."
     score = values[_deciding(run.config, values)]
@@ -749,14 +806,7 @@ def judge(run: Run, values: Mapping[str, float]) -> bool:
     run.done = bool(run.config.patience) and run.waited >= run.config.patience
     return improved
 
-# %% ../nbs/05a_training.ipynb #14e343dd
-def _from_main(run: Run, content: list) -> list:
-    "The first process's list, in every process."
-    from accelerate.utils import broadcast_object_list
-
-    return broadcast_object_list(content) if run.accelerator.num_processes > 1 else content
-
-
+# %% ../nbs/05a_training.ipynb #aaf7a11a
 def _deciding(config: TrainConfig, values: Mapping[str, float]) -> str:
     "The name of the value that decides."
     name = config.metric or next(iter(values))
@@ -764,38 +814,7 @@ def _deciding(config: TrainConfig, values: Mapping[str, float]) -> str:
         raise InputError(f"metric = {name!r}: validation does not give it{did_you_mean(name, values)}")
     return name
 
-# %% ../nbs/05a_training.ipynb #4201f2fb
-def embed_batches(model: nn.Module, batches: Iterable, embed: Callable | None = None) -> np.ndarray:
-    "Vectors of all items, of length 1: float32 [items, dim]; `embed(model, batch)` says how, default model(batch.pixels)."
-    device, was_training = next(model.parameters()).device, model.training
-    embed = embed or (lambda model, batch: model(batch.pixels if hasattr(batch, "pixels") else batch[0]))
-    model.eval()
-    with torch.no_grad():
-        parts = [nn.functional.normalize(embed(model, to_device(b, device)).float(), dim=-1).cpu() for b in batches]
-    model.train(was_training)
-    return torch.cat(parts).numpy()
-
-# %% ../nbs/05a_training.ipynb #ff40ce37
-def retrieval_validation(
-    queries: Iterable,  # batches of queries, in order
-    gallery: Iterable,  # batches of gallery items, in order
-    positives: Any,  # evaluation.Positives of these queries in this gallery
-    metrics: Sequence[str] = ("MAR@10",),
-    embed: Callable | None = None,  # (model, batch) -> [batch, dim]
-) -> Callable[[nn.Module], dict[str, float]]:
-    "A function of the model for `fit(validate=...)`: embeds both sides, ranks by cosine, scores."
-    from product_retrieval.evaluation import evaluate, rank
-
-    depth = max([10, *(int(m.split("@")[1]) for m in metrics if m.split("@")[-1].isdigit())])
-
-    def validate(model: nn.Module) -> dict[str, float]:
-        shelf = embed_batches(model, gallery, embed)
-        rankings = rank(embed_batches(model, queries, embed), shelf, k=min(depth, len(shelf)))
-        return {name: float(value) for name, value in evaluate(rankings, positives, metrics=tuple(metrics)).values.items()}
-
-    return validate
-
-# %% ../nbs/05a_training.ipynb #fc93947d
+# %% ../nbs/05a_training.ipynb #9cf9c8d5
 def fit(
     model: nn.Module,  # changed in place; at the end it holds the best weights
     objective: Callable,  # (model, batch) -> loss, or a dict with "loss" and other values for the log
@@ -812,16 +831,16 @@ def fit(
             row = train_step(run, group)
             logs.write("train", run.step, row)
             bar(run, row)
-            improved = _validate_if_due(run, validate, logs)
-            _save_if_due(run, improved, _stop_asked(run, asked))
+            improved = validate_if_due(run, validate, logs)
+            save_if_due(run, improved, _stop_asked(run, asked))
             if run.done:
                 break
     return _finish(run)
 
-# %% ../nbs/05a_training.ipynb #b716142d
+# %% ../nbs/05a_training.ipynb #04586d65
 def _start(model: nn.Module, objective: Callable, batches: Any, config: TrainConfig, folder: Path, resume: bool) -> Run:
     "A new run, or the one in `folder` where its last checkpoint stands."
-    run = _new_run(model, objective, batches, config, folder)
+    run = new_run(model, objective, batches, config, folder)
     if run.accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         stale = list((folder / "checkpoints").glob(".*.part"))
@@ -833,7 +852,7 @@ def _start(model: nn.Module, objective: Callable, batches: Any, config: TrainCon
         load_checkpoint(run, found[-1])
     return run
 
-
+# %% ../nbs/05a_training.ipynb #050b31d7
 @contextmanager
 def _open(run: Run) -> Iterator[tuple]:
     "What is open while the run goes: logs, progress bar, an ear for Ctrl-C."
@@ -842,8 +861,8 @@ def _open(run: Run) -> Iterator[tuple]:
         stack.callback(logs.close)
         yield logs, stack.enter_context(_progress_bar(run)), stack.enter_context(_polite_stop())
 
-# %% ../nbs/05a_training.ipynb #d56f810b
-def _validate_if_due(run: Run, validate: Callable | None, logs: _Logs) -> bool | None:
+# %% ../nbs/05a_training.ipynb #0a5568df
+def validate_if_due(run: Run, validate: Callable | None, logs: _Logs) -> bool | None:
     "Validate at the plan's steps and at the end; True for a new best, False for none, None when it was not due."
     if validate is None or (run.step % run.plan.validate_every and run.step < run.plan.total):
         run.done = run.step >= run.plan.total
@@ -854,8 +873,8 @@ def _validate_if_due(run: Run, validate: Callable | None, logs: _Logs) -> bool |
     run.done = run.done or run.step >= run.plan.total
     return improved
 
-
-def _save_if_due(run: Run, improved: bool | None, stop: bool) -> None:
+# %% ../nbs/05a_training.ipynb #2f136a51
+def save_if_due(run: Run, improved: bool | None, stop: bool) -> None:
     "Save at the plan's steps, after a validation, at the end, and when asked to stop; then stop."
     if stop or run.done or improved is not None or run.step % run.plan.checkpoint_every == 0:
         path = save_checkpoint(run, bool(improved))
@@ -863,7 +882,7 @@ def _save_if_due(run: Run, improved: bool | None, stop: bool) -> None:
             raise KeyboardInterrupt(f"stopped after step {run.step} of {run.plan.total}; saved in {path}; "
                                     "start the same run again to go on")
 
-# %% ../nbs/05a_training.ipynb #6a347436
+# %% ../nbs/05a_training.ipynb #37ec9d11
 @contextmanager
 def _polite_stop() -> Iterator[list]:
     "The first Ctrl-C (or SIGTERM) asks the loop to save and stop; the second one stops at once."
@@ -885,7 +904,7 @@ def _polite_stop() -> Iterator[list]:
         for number, handler in former.items():
             signal.signal(number, handler)
 
-
+# %% ../nbs/05a_training.ipynb #ec1a9b90
 def _stop_asked(run: Run, asked: list) -> bool:
     "Whether any process was asked to stop; all of them learn it in the same step."
     if run.accelerator.num_processes == 1:
@@ -913,7 +932,7 @@ def _progress_bar(run: Run) -> Iterator[Callable]:
 
         yield show
 
-# %% ../nbs/05a_training.ipynb #e4455931
+# %% ../nbs/05a_training.ipynb #ab12b9f6
 def _finish(run: Run) -> History:
     "Put the best weights into the model, write them down, and report."
     from safetensors.torch import save_model
@@ -926,12 +945,12 @@ def _finish(run: Run) -> History:
     model.eval()
     if run.accelerator.is_main_process:
         with _clear_disk_errors(run.folder):
-            save_model(model, str(run.folder / ".model.safetensors.part"))
-            os.replace(run.folder / ".model.safetensors.part", run.folder / "model.safetensors")
+            save_model(model, str(part := run.folder / ".model.safetensors.part"))
+            os.replace(part, run.folder / "model.safetensors")
     run.accelerator.wait_for_everyone()
     return History(run.folder, run.step, run.plan.total, run.best, run.best_step)
 
-# %% ../nbs/05a_training.ipynb #16d5f518
+# %% ../nbs/05a_training.ipynb #e68057a0
 @dataclass
 class History:
     "What a run leaves: where it is, how far it went, its best validation value."
@@ -941,6 +960,10 @@ class History:
     planned: int  # steps the plan had; more than `steps` after an early stop
     best: float | None = None  # best validation value
     best_step: int = 0
+
+    def __str__(self) -> str:
+        best = "" if self.best is None else f", best value {self.best:.4f} at step {self.best_step}"
+        return f"{self.folder}: {self.steps} of {self.planned} steps{best}"
 
     @property
     def train(self) -> Any:
