@@ -24,9 +24,6 @@ __all__ = ['UNKNOWN', 'PRODUCT1M_FILES', 'RUN_METRICS', 'Ranking', 'ranking_from
            'write_eproduct_submission', 'read_eproduct_submission', 'evaluate_eproduct', 'write_run', 'RunReport',
            'evaluate_run']
 
-# %% ../nbs/03b_protocols.ipynb #30a7b451
-UNKNOWN = -2  # a ranked item that the gallery does not hold; -1 fills short lists
-
 # %% ../nbs/03b_protocols.ipynb #65d48471
 @dataclass(frozen=True)
 class Ranking:
@@ -45,6 +42,9 @@ class Ranking:
         _refuse_other_queries(self.query_ids, query_ids, where)
         known = {item: row for row, item in enumerate(gallery_ids)}
         return _rectangle([_known_rows(lines[query], known, f"{where}, query {query!r}") for query in query_ids])
+
+# %% ../nbs/03b_protocols.ipynb #30a7b451
+UNKNOWN = -2  # a ranked item that the gallery does not hold; -1 fills short lists
 
 # %% ../nbs/03b_protocols.ipynb #fe9dc37a
 def _refuse_other_queries(found: Sequence[str], wanted: Sequence[str], where: str) -> None:
@@ -198,54 +198,6 @@ def read_product1m_ranking(path: str | Path) -> Ranking:
     parts = [line.strip().split(",") for line in _lines(path)]
     return Ranking([p[0] for p in parts], [p[1:] for p in parts])
 
-# %% ../nbs/03b_protocols.ipynb #ab8b5b92
-def _ranked_rows(path: str | Path, gallery_ids: Sequence[str]) -> tuple[list[str], np.ndarray]:
-    "Query ids and gallery rows [lines, depth] of a ranking file; UNKNOWN and repeated rows stay in."
-    import pyarrow
-    import pyarrow.compute
-
-    parts = pyarrow.compute.split_pattern(pyarrow.array([line.strip() for line in _lines(path)]), ",")
-    offsets = parts.offsets.to_numpy()
-    places = pyarrow.compute.index_in(parts.values, value_set=pyarrow.array(gallery_ids))
-    rows = places.fill_null(UNKNOWN).to_numpy()
-    listed = np.diff(offsets) - 1
-    table = np.full((len(listed), int(listed.max())), -1, np.int32)
-    table[np.arange(table.shape[1]) < listed[:, None]] = np.delete(rows, offsets[:-1])
-    return parts.values.take(pyarrow.array(offsets[:-1])).to_pylist(), table
-
-# %% ../nbs/03b_protocols.ipynb #444b76a2
-def _faulty(queries: Sequence[str], rows: np.ndarray, known: dict[str, Any]) -> bool:
-    "Whether any line is empty, or names a query or an item that is unknown or stands twice."
-    ordered = np.sort(rows, axis=1)
-    repeats = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
-    empty = rows.shape[1] == 0 or (rows[:, 0] == -1).any()
-    return bool(empty or repeats.any() or (rows == UNKNOWN).any() or len(set(queries) & set(known)) < len(queries))
-
-# %% ../nbs/03b_protocols.ipynb #d4ea42d3
-def _name_fault(ranking: Ranking, truth: Product1MTruth, path: Any) -> None:
-    "Walk through the lines and raise at the first fault."
-    known, queries = {item: row for row, item in enumerate(truth.gallery)}, truth.labels()
-    first_line: dict[str, int] = {}
-    for number, (query, items) in enumerate(zip(ranking.query_ids, ranking.item_ids, strict=True), 1):
-        where = f"{path}, line {number}"
-        if not items or not query:
-            raise InputError(f"{where}: expected a query id and at least one item id, joined by commas")
-        if query not in queries:
-            raise InputError(f"{where}: query {query!r} is not in the ground truth; check the folder, or score with --lenient")
-        if first_line.setdefault(query, number) != number:
-            raise InputError(f"{where}: query {query!r} stands in line {first_line[query]} already; keep one of the two")
-        _known_rows(items, known, where)
-
-# %% ../nbs/03b_protocols.ipynb #ef502bce
-def _refuse_missing(found: Iterable[str], truth: Product1MTruth, path: Any) -> None:
-    "A query file that the ranking touches must be answered in full."
-    found = set(found)
-    for name, queries in truth.queries.items():
-        missing = [query for query in queries if query not in found]
-        if missing and len(missing) < len(queries):
-            rest = f"{len(missing)} of {len(queries)} queries of {PRODUCT1M_FILES[name]} have no line"
-            raise InputError(f"{path}: {rest}, the first is {missing[0]!r}; rank every query")
-
 # %% ../nbs/03b_protocols.ipynb #645dc40f
 @dataclass(frozen=True)
 class _Wanted:
@@ -339,6 +291,54 @@ def _strict_scores(rankings: np.ndarray, matched: np.ndarray, wanted: _Wanted, n
         "Prec": hits.sum(axis=1) / n,
         "mAR": _label_recall(matched, wanted, expected, n),
     }
+
+# %% ../nbs/03b_protocols.ipynb #ab8b5b92
+def _ranked_rows(path: str | Path, gallery_ids: Sequence[str]) -> tuple[list[str], np.ndarray]:
+    "Query ids and gallery rows [lines, depth] of a ranking file; UNKNOWN and repeated rows stay in."
+    import pyarrow
+    import pyarrow.compute
+
+    parts = pyarrow.compute.split_pattern(pyarrow.array([line.strip() for line in _lines(path)]), ",")
+    offsets = parts.offsets.to_numpy()
+    places = pyarrow.compute.index_in(parts.values, value_set=pyarrow.array(gallery_ids))
+    rows = places.fill_null(UNKNOWN).to_numpy()
+    listed = np.diff(offsets) - 1
+    table = np.full((len(listed), int(listed.max())), -1, np.int32)
+    table[np.arange(table.shape[1]) < listed[:, None]] = np.delete(rows, offsets[:-1])
+    return parts.values.take(pyarrow.array(offsets[:-1])).to_pylist(), table
+
+# %% ../nbs/03b_protocols.ipynb #444b76a2
+def _faulty(queries: Sequence[str], rows: np.ndarray, known: dict[str, Any]) -> bool:
+    "Whether any line is empty, or names a query or an item that is unknown or stands twice."
+    ordered = np.sort(rows, axis=1)
+    repeats = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
+    empty = rows.shape[1] == 0 or (rows[:, 0] == -1).any()
+    return bool(empty or repeats.any() or (rows == UNKNOWN).any() or len(set(queries) & set(known)) < len(queries))
+
+# %% ../nbs/03b_protocols.ipynb #d4ea42d3
+def _name_fault(ranking: Ranking, truth: Product1MTruth, path: Any) -> None:
+    "Walk through the lines and raise at the first fault."
+    known, queries = {item: row for row, item in enumerate(truth.gallery)}, truth.labels()
+    first_line: dict[str, int] = {}
+    for number, (query, items) in enumerate(zip(ranking.query_ids, ranking.item_ids, strict=True), 1):
+        where = f"{path}, line {number}"
+        if not items or not query:
+            raise InputError(f"{where}: expected a query id and at least one item id, joined by commas")
+        if query not in queries:
+            raise InputError(f"{where}: query {query!r} is not in the ground truth; check the folder, or score with --lenient")
+        if first_line.setdefault(query, number) != number:
+            raise InputError(f"{where}: query {query!r} stands in line {first_line[query]} already; keep one of the two")
+        _known_rows(items, known, where)
+
+# %% ../nbs/03b_protocols.ipynb #ef502bce
+def _refuse_missing(found: Iterable[str], truth: Product1MTruth, path: Any) -> None:
+    "A query file that the ranking touches must be answered in full."
+    found = set(found)
+    for name, queries in truth.queries.items():
+        missing = [query for query in queries if query not in found]
+        if missing and len(missing) < len(queries):
+            rest = f"{len(missing)} of {len(queries)} queries of {PRODUCT1M_FILES[name]} have no line"
+            raise InputError(f"{path}: {rest}, the first is {missing[0]!r}; rank every query")
 
 # %% ../nbs/03b_protocols.ipynb #0622f3b2
 def product1m_per_query(
