@@ -11,7 +11,15 @@ from PIL import Image
 
 from product_retrieval.core import InputError
 from product_retrieval.data.catalog import Catalog, Problem, TrainCatalog, open_catalog
-from product_retrieval.data.checks import check_catalog, drop_problems, look_at, plot_description, problems_to_json, save_clean
+from product_retrieval.data.checks import (
+    check_catalog,
+    describe,
+    drop_problems,
+    look_at,
+    plot_description,
+    problems_to_json,
+    save_clean,
+)
 
 HEADER = "item_id,image,title,split,category,labels\n"
 ROWS = [
@@ -241,14 +249,6 @@ def test_frame_is_a_copy(shop):
     frame.loc[0, "title"] = "changed"
     frame["labels"] = "changed"
     assert catalog.titles[0] == "NA" and catalog.labels[0] == ()
-
-
-def test_checks_are_offered_by_the_catalogue_too():
-    from product_retrieval.data import catalog, checks
-
-    assert all(getattr(catalog, name) is getattr(checks, name) for name in catalog.ABOVE)
-    with pytest.raises(AttributeError):
-        _ = catalog.nothing
 
 
 def test_unknown_names(shop):
@@ -506,7 +506,7 @@ def test_random_faults_leave_a_clean_catalogue(shop, tmp_path):
 def test_description(shop):
     catalog = open_catalog(shop / "shop.csv")
     shutil.copy(shop / "a.jpg", shop / "b.jpg")
-    found = catalog.describe()
+    found = describe(catalog)
     numbers = found.to_dict()
     assert numbers["splits"] == {"train": 2, "gallery": 2, "query": 1}
     assert numbers["categories"]["gallery"] == {"care/soap": 2} and numbers["titles"]["gallery"]["empty"] == 1
@@ -519,10 +519,10 @@ def test_description(shop):
     import matplotlib.pyplot as plt
 
     plt.close(figure)
-    assert catalog.describe(pictures=0).pictures["looked at"] == 0
-    assert len(catalog.select([]).describe().splits) == 0
+    assert describe(catalog, pictures=0).pictures["looked at"] == 0
+    assert len(describe(catalog.select([])).splits) == 0
     plt.close(plot_description(catalog.select([])))
-    assert isinstance(catalog.train, TrainCatalog) and catalog.train.describe().items == 2
+    assert isinstance(catalog.train, TrainCatalog) and describe(catalog.train).items == 2
 
 
 def test_grocery_is_clean(grocery):

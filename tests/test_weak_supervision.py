@@ -16,7 +16,7 @@ from PIL import Image
 import product_retrieval.data.catalog as module
 from product_retrieval.core import InputError
 from product_retrieval.data.catalog import TRAIN_COLUMNS, Catalog, TrainCatalog, open_catalog
-from product_retrieval.data.checks import check_catalog, drop_problems, save_clean
+from product_retrieval.data.checks import check_catalog, describe, drop_problems, save_clean
 
 SECRET = "SECRETANSWER"
 
@@ -120,7 +120,7 @@ def test_roads_to_training_carry_no_answers(catalog, tmp_path, road):
         with pytest.raises(AttributeError):
             setattr(train, name, [])
     assert SECRET.encode() not in everything_in(train)
-    assert train.describe(pictures=0).labels == {}
+    assert describe(train, pictures=0).labels == {}
 
 
 def test_the_search_for_the_word_would_find_it(catalog):
@@ -179,7 +179,7 @@ def test_no_method_widens_a_view(catalog):
     "Whatever method a later version adds to a catalogue has to be walked here too."
     walked = {
         "train", "split", "select", "sample", "join", "append", "save", "load", "from_csv", "from_parquet", "from_frame",
-        "from_folders", "frame", "ids", "titles", "paths", "has", "column", "categories", "labels", "boxes", "describe",
+        "from_folders", "frame", "ids", "titles", "paths", "has", "column", "categories", "labels", "boxes",
         "with_frame", "ragged",
     }  # fmt: skip
     assert {name for name, _ in inspect.getmembers(Catalog) if not name.startswith("_")} == walked
