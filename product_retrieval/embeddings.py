@@ -17,13 +17,35 @@ import numpy as np
 from .core import InputError, atomic_folder, cache_dir, did_you_mean, human_size, read_json, sha256_of, write_json
 
 # %% auto #0
-__all__ = ['VERSION', 'DTYPES', 'EXPECTED', 'content_hash', 'describe_encoder', 'describe_catalog', 'about_file', 'embed',
-           'Embeddings', 'check_file', 'embed_cached']
+__all__ = ['VERSION', 'DTYPES', 'EXPECTED', 'content_hash', 'describe_encoder', 'describe_catalog', 'Embeddings', 'check_file',
+           'about_file', 'embed', 'embed_cached']
 
 # %% ../nbs/04b_embeddings.ipynb #7954805d
 VERSION = 1
 DTYPES = ("float32", "float16")
 EXPECTED = "expected a folder with vectors.npy, ids.json and embeddings.json"
+
+# %% ../nbs/04b_embeddings.ipynb #a78b9969
+def _fits(vectors: np.ndarray, dtype: str, batch: Any) -> None:
+    "Refuse numbers that float16 cannot hold."
+    if dtype == "float16" and len(vectors) and np.abs(vectors).max() > np.finfo(np.float16).max:
+        worst = batch.item_ids[int(np.abs(vectors).max(axis=1).argmax())]
+        raise InputError(f"item {worst!r}: a value does not fit into float16 (at most 65504); use dtype='float32'")
+
+# %% ../nbs/04b_embeddings.ipynb #7ba25cad
+def _as_matrix(output: Any, batch: Any, dim: int | None) -> np.ndarray:
+    "What an encoder returned as float32 [batch, dim]; wrong shapes and numbers name the item."
+    output = output.detach().float().cpu().numpy() if hasattr(output, "detach") else output
+    vectors = np.asarray(output, dtype=np.float32)
+    if vectors.ndim != 2 or len(vectors) != len(batch.item_ids) or (dim and vectors.shape[1] != dim):
+        raise InputError(
+            f"the encoder returned shape {list(vectors.shape)} for a batch of {len(batch.item_ids)} items; "
+            f"expected [{len(batch.item_ids)}, {dim or 'dim'}]"
+        )
+    broken = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
+    if len(broken):
+        raise InputError(f"item {batch.item_ids[broken[0]]!r}: the encoder returned NaN or infinite values; look at its picture")
+    return vectors
 
 # %% ../nbs/04b_embeddings.ipynb #fdf8047b
 def content_hash(*parts: Any) -> str:
@@ -82,209 +104,13 @@ def describe_catalog(catalog: Any, pictures: bool = True) -> dict[str, Any]:
     sizes = [_file_size(path) for path in catalog.paths] if pictures else []
     return {"catalog": str(catalog.name), "items": len(frame), "catalog_hash": content_hash(*columns, sizes)}
 
-# %% ../nbs/04b_embeddings.ipynb #b508d4c4
-class _Journal:
-    "The unfinished folder of one run: a plan, a vector for each row and one byte a row that says whether it is done."
-
-    def __init__(self, folder: Path, plan: dict[str, Any]):
-        self.folder, self.plan = folder, plan
-        self.vectors: np.memmap | None = None
-        folder.mkdir(parents=True, exist_ok=True)
-        if (folder / "plan.json").exists():
-            _same_plan(read_json(folder / "plan.json"), plan, folder)
-        else:
-            write_json(folder / "plan.json", plan)
-        self.done = _opened(folder / "done.npy", np.uint8, (plan["items"],))
-
-    def write(self, rows: np.ndarray, vectors: np.ndarray) -> None:
-        "Vectors first, then the marks: a row that counts as done has its vector on disk."
-        if self.vectors is None:
-            self.vectors = _opened(self.folder / "vectors.npy", self.plan["dtype"], (self.plan["items"], vectors.shape[1]))
-        self.vectors[rows] = vectors
-        self.vectors.flush()
-        self.done[rows] = 1
-        self.done.flush()
-
-# %% ../nbs/04b_embeddings.ipynb #887593a5
-def _opened(path: Path, dtype: Any, shape: tuple[int, ...]) -> np.memmap:
-    "Open an array file for writing; when it is missing or has another shape, create it full of zeros, atomically."
-    if path.exists():
-        found = np.lib.format.open_memmap(path, mode="r+")
-        if found.shape == shape and found.dtype == np.dtype(dtype):
-            return found
-        want = f"{np.dtype(dtype)} {shape}"
-        raise InputError(f"{path}: holds {found.dtype} {found.shape}, this run writes {want}; delete the folder")
-    fresh = path.with_name("." + path.name)
-    np.lib.format.open_memmap(fresh, mode="w+", dtype=dtype, shape=shape).flush()
-    os.replace(fresh, path)
-    return np.lib.format.open_memmap(path, mode="r+")
-
-# %% ../nbs/04b_embeddings.ipynb #61df9825
-def _same_plan(old: dict[str, Any], new: dict[str, Any], folder: Path) -> None:
-    "Refuse to mix two runs in one folder."
-    for key in [k for k in new if k != "batch_size"]:
-        if old.get(key) != new[key]:
-            raise InputError(
-                f"{folder}: holds a run with {key} {old.get(key)!r}, this one has {new[key]!r}; "
-                "give another folder, or delete that one to begin again"
-            )
-
-# %% ../nbs/04b_embeddings.ipynb #f198a381
-def _loader(encoder: Callable, catalog: Any, batch_size: int, workers: int | None) -> Any:
-    "Batches in catalogue order; an encoder of size 0 reads titles only, so no picture is opened for it."
-    from product_retrieval.data.pictures import PictureLoader
-
-    transform = None if getattr(encoder, "size", None) == 0 else getattr(encoder, "transform", None)
-    return PictureLoader(catalog, transform, batch_size=batch_size, workers=workers)
-
-# %% ../nbs/04b_embeddings.ipynb #08e5dd14
-def _open_blocks(done: np.ndarray, batch_size: int) -> np.ndarray:
-    "Rows of all batches that are not finished; whole batches, so that a resumed run computes the same sums."
-    rows = np.arange(len(done))
-    unfinished = np.unique(rows[done == 0] // batch_size)
-    return rows[np.isin(rows // batch_size, unfinished)]
-
-# %% ../nbs/04b_embeddings.ipynb #7ba25cad
-def _as_matrix(output: Any, batch: Any, dim: int | None) -> np.ndarray:
-    "What an encoder returned as float32 [batch, dim]; wrong shapes and numbers name the item."
-    output = output.detach().float().cpu().numpy() if hasattr(output, "detach") else output
-    vectors = np.asarray(output, dtype=np.float32)
-    if vectors.ndim != 2 or len(vectors) != len(batch.item_ids) or (dim and vectors.shape[1] != dim):
-        raise InputError(
-            f"the encoder returned shape {list(vectors.shape)} for a batch of {len(batch.item_ids)} items; "
-            f"expected [{len(batch.item_ids)}, {dim or 'dim'}]"
-        )
-    broken = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
-    if len(broken):
-        raise InputError(f"item {batch.item_ids[broken[0]]!r}: the encoder returned NaN or infinite values; look at its picture")
-    return vectors
-
-# %% ../nbs/04b_embeddings.ipynb #9e59d181
-def _run(encoder: Callable, catalog: Any, journal: _Journal, batch_size: int, workers: int | None) -> list[tuple[str, str]]:
-    "Compute what the journal lacks; returns (item id, reason) of what could not be read."
-    rows = _open_blocks(journal.done, batch_size)
-    loader = _loader(encoder, catalog.select(rows) if len(rows) < len(catalog) else catalog, batch_size, workers)
-    dim = getattr(encoder, "dim", None)
-    for batch in loader if len(rows) else ():
-        vectors = _as_matrix(encoder(batch), batch, dim)
-        dim = vectors.shape[1]
-        _fits(vectors, journal.plan["dtype"], batch)
-        journal.write(rows[np.asarray(batch.rows)], vectors)
-    return list(getattr(loader, "skipped", []))
-
-# %% ../nbs/04b_embeddings.ipynb #a78b9969
-def _fits(vectors: np.ndarray, dtype: str, batch: Any) -> None:
-    "Refuse numbers that float16 cannot hold."
-    if dtype == "float16" and len(vectors) and np.abs(vectors).max() > np.finfo(np.float16).max:
-        worst = batch.item_ids[int(np.abs(vectors).max(axis=1).argmax())]
-        raise InputError(f"item {worst!r}: a value does not fit into float16 (at most 65504); use dtype='float32'")
-
-# %% ../nbs/04b_embeddings.ipynb #1cc95c89
-def _quiet(encoder: Callable) -> Any:
-    "Evaluation mode without gradients while a torch model embeds; nothing for other encoders."
-    from contextlib import ExitStack
-
-    stack = ExitStack()
-    if hasattr(encoder, "state_dict"):
-        import torch
-
-        stack.enter_context(torch.inference_mode())
-        stack.callback(encoder.train, encoder.training)
-        encoder.eval()
-    return stack
-
-# %% ../nbs/04b_embeddings.ipynb #9888a911
-def _write_kept(journal: _Journal, keep: np.ndarray, path: Path) -> None:
-    "The finished rows in catalogue order; a hard link when no row is missing."
-    if keep.all():
-        try:
-            return os.link(journal.folder / "vectors.npy", path)
-        except OSError:
-            return shutil.copyfile(journal.folder / "vectors.npy", path)
-    source, rows = journal.vectors, np.flatnonzero(keep)
-    target = np.lib.format.open_memmap(path, mode="w+", dtype=source.dtype, shape=(len(rows), source.shape[1]))
-    for start in range(0, len(rows), 8192):
-        target[start : start + 8192] = source[rows[start : start + 8192]]
-    target.flush()
-
-# %% ../nbs/04b_embeddings.ipynb #9c5762cf
-def _finish(journal: _Journal, catalog: Any, folder: Path, skipped: list[tuple[str, str]]) -> None:
-    "Write the final folder in one rename and remove the unfinished one."
-    keep = np.asarray(journal.done) == 1
-    if not keep.any():
-        first = f"; {skipped[0][0]}: {skipped[0][1]}" if skipped else ""
-        raise InputError(f"catalogue {catalog.name!r}: no item could be embedded{first}; run catalog check")
-    if journal.vectors is None:
-        journal.vectors = np.lib.format.open_memmap(journal.folder / "vectors.npy", mode="r+")
-    ids = [i for i, kept in zip(catalog.ids, keep, strict=True) if kept]
-    reasons = dict(skipped)
-    missing = [[i, reasons.get(i, "not read")] for i, kept in zip(catalog.ids, keep, strict=True) if not kept]
-    with atomic_folder(folder) as new:
-        _write_kept(journal, keep, new / "vectors.npy")
-        _write_side_files(new, ids, {**journal.plan, "dim": int(journal.vectors.shape[1]), "skipped": missing})
-    shutil.rmtree(journal.folder)
-
-# %% ../nbs/04b_embeddings.ipynb #2380149e
-def _write_side_files(folder: Path, ids: Sequence[str], plan: dict[str, Any]) -> None:
-    "ids.json and embeddings.json beside vectors.npy."
-    write_json(folder / "ids.json", list(ids))
-    files = {name: about_file(folder / name) for name in ("vectors.npy", "ids.json")}
-    write_json(folder / "embeddings.json", {"version": VERSION, **plan, "count": len(ids), "files": files})
-
-
-def about_file(path: Path) -> dict[str, Any]:
-    "Size and checksum of a file."
-    return {"bytes": _file_size(path), "sha256": sha256_of(path)}
-
-# %% ../nbs/04b_embeddings.ipynb #da6cd38f
-def embed(
-    encoder: Callable,  # Batch -> [batch, dim] array or tensor, with `transform` and, where known, `name`, `dim`, `size`
-    catalog: Any,  # the items
-    folder: str | Path,  # where the Embeddings go
-    split: str | None = None,  # take this split only
-    batch_size: int = 64,
-    dtype: str = "float32",  # or "float16": half the disk
-    workers: int | None = None,  # processes that decode pictures
-) -> Embeddings:
-    "Vectors of all items in `folder`; killed at any moment, the same call goes on where it stopped."
-    folder = Path(folder)
-    if dtype not in DTYPES:
-        raise InputError(f"dtype {dtype!r}: unknown{did_you_mean(dtype, DTYPES)}")
-    catalog = catalog.split(split) if split else catalog
-    plan = _plan(encoder, catalog, split, batch_size, dtype)
-    unfinished = folder.with_name(f".{folder.name}.unfinished")
-    if folder.exists():
-        return _finished(folder, plan, unfinished)
-    journal = _Journal(unfinished, plan)
-    with _quiet(encoder):
-        skipped = _run(encoder, catalog, journal, batch_size, workers)
-    _finish(journal, catalog, folder, skipped)
-    return Embeddings.open(folder)
-
-# %% ../nbs/04b_embeddings.ipynb #554a5a80
-def _plan(encoder: Callable, catalog: Any, split: str | None, batch_size: int, dtype: str) -> dict[str, Any]:
-    "Everything that two runs must share before they may share a folder."
-    if not len(catalog):
-        raise InputError(f"catalogue {catalog.name!r}: no items{f' in split {split!r}' if split else ''}; nothing to embed")
-    _unique(catalog.ids, f"catalogue {catalog.name!r}")
-    about = {**describe_encoder(encoder), **describe_catalog(catalog, getattr(encoder, "size", None) != 0)}
-    return {**about, "split": split, "dtype": dtype, "batch_size": batch_size}
-
-
+# %% ../nbs/04b_embeddings.ipynb #f3a74cbe
 def _unique(ids: Sequence[str], where: str) -> None:
     "Refuse an item id that stands twice."
     if len(set(ids)) != len(ids):
         seen: set[str] = set()
         twice = next(i for i in ids if i in seen or seen.add(i))
         raise InputError(f"{where}: item_id {twice!r} stands there twice; ids must be unique")
-
-# %% ../nbs/04b_embeddings.ipynb #7b651bde
-def _finished(folder: Path, plan: dict[str, Any], unfinished: Path) -> Embeddings:
-    "The finished folder of an earlier run, when that run was the same; what a kill left beside it is removed."
-    found = Embeddings.open(folder)
-    _same_plan(found.meta, plan, folder)
-    shutil.rmtree(unfinished, ignore_errors=True)
-    return found
 
 # %% ../nbs/04b_embeddings.ipynb #21212000
 class _Rows:
@@ -386,6 +212,184 @@ def _mapped(path: Path) -> np.ndarray:
         return np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read as an array ({error}); embed again") from None
+
+# %% ../nbs/04b_embeddings.ipynb #b508d4c4
+class _Journal:
+    "The unfinished folder of one run: a plan, a vector for each row and one byte a row that says whether it is done."
+
+    def __init__(self, folder: Path, plan: dict[str, Any]):
+        self.folder, self.plan = folder, plan
+        self.vectors: np.memmap | None = None
+        folder.mkdir(parents=True, exist_ok=True)
+        if (folder / "plan.json").exists():
+            _same_plan(read_json(folder / "plan.json"), plan, folder)
+        else:
+            write_json(folder / "plan.json", plan)
+        self.done = _opened(folder / "done.npy", np.uint8, (plan["items"],))
+
+    def write(self, rows: np.ndarray, vectors: np.ndarray) -> None:
+        "Vectors first, then the marks: a row that counts as done has its vector on disk."
+        if self.vectors is None:
+            self.vectors = _opened(self.folder / "vectors.npy", self.plan["dtype"], (self.plan["items"], vectors.shape[1]))
+        self.vectors[rows] = vectors
+        self.vectors.flush()
+        self.done[rows] = 1
+        self.done.flush()
+
+# %% ../nbs/04b_embeddings.ipynb #887593a5
+def _opened(path: Path, dtype: Any, shape: tuple[int, ...]) -> np.memmap:
+    "Open an array file for writing; when it is missing or has another shape, create it full of zeros, atomically."
+    if path.exists():
+        found = np.lib.format.open_memmap(path, mode="r+")
+        if found.shape == shape and found.dtype == np.dtype(dtype):
+            return found
+        want = f"{np.dtype(dtype)} {shape}"
+        raise InputError(f"{path}: holds {found.dtype} {found.shape}, this run writes {want}; delete the folder")
+    fresh = path.with_name("." + path.name)
+    np.lib.format.open_memmap(fresh, mode="w+", dtype=dtype, shape=shape).flush()
+    os.replace(fresh, path)
+    return np.lib.format.open_memmap(path, mode="r+")
+
+# %% ../nbs/04b_embeddings.ipynb #61df9825
+def _same_plan(old: dict[str, Any], new: dict[str, Any], folder: Path) -> None:
+    "Refuse to mix two runs in one folder."
+    for key in [k for k in new if k != "batch_size"]:
+        if old.get(key) != new[key]:
+            raise InputError(
+                f"{folder}: holds a run with {key} {old.get(key)!r}, this one has {new[key]!r}; "
+                "give another folder, or delete that one to begin again"
+            )
+
+# %% ../nbs/04b_embeddings.ipynb #08e5dd14
+def _open_blocks(done: np.ndarray, batch_size: int) -> np.ndarray:
+    "Rows of all batches that are not finished; whole batches, so that a resumed run computes the same sums."
+    rows = np.arange(len(done))
+    unfinished = np.unique(rows[done == 0] // batch_size)
+    return rows[np.isin(rows // batch_size, unfinished)]
+
+# %% ../nbs/04b_embeddings.ipynb #f198a381
+def _loader(encoder: Callable, catalog: Any, batch_size: int, workers: int | None) -> Any:
+    "Batches in catalogue order; an encoder of size 0 reads titles only, so no picture is opened for it."
+    from product_retrieval.data.pictures import PictureLoader
+
+    transform = None if getattr(encoder, "size", None) == 0 else getattr(encoder, "transform", None)
+    return PictureLoader(catalog, transform, batch_size=batch_size, workers=workers)
+
+# %% ../nbs/04b_embeddings.ipynb #d555d786
+def _run(
+    encoder: Callable, catalog: Any, journal: _Journal, batch_size: int, workers: int | None, report: Callable
+) -> list[tuple[str, str]]:
+    "Compute what the journal lacks; returns (item id, reason) of what could not be read."
+    rows = _open_blocks(journal.done, batch_size)
+    loader = _loader(encoder, catalog.select(rows) if len(rows) < len(catalog) else catalog, batch_size, workers)
+    dim = getattr(encoder, "dim", None)
+    for batch in loader if len(rows) else ():
+        vectors = _as_matrix(encoder(batch), batch, dim)
+        dim = vectors.shape[1]
+        _fits(vectors, journal.plan["dtype"], batch)
+        journal.write(rows[np.asarray(batch.rows)], vectors)
+        report(int(journal.done.sum()), len(catalog))
+    return list(getattr(loader, "skipped", []))
+
+# %% ../nbs/04b_embeddings.ipynb #1cc95c89
+def _quiet(encoder: Callable) -> Any:
+    "Evaluation mode without gradients while a torch model embeds; nothing for other encoders."
+    from contextlib import ExitStack
+
+    stack = ExitStack()
+    if hasattr(encoder, "state_dict"):
+        import torch
+
+        stack.enter_context(torch.inference_mode())
+        stack.callback(encoder.train, encoder.training)
+        encoder.eval()
+    return stack
+
+# %% ../nbs/04b_embeddings.ipynb #9888a911
+def _write_kept(journal: _Journal, keep: np.ndarray, path: Path) -> None:
+    "The finished rows in catalogue order; a hard link when no row is missing."
+    if keep.all():
+        try:
+            return os.link(journal.folder / "vectors.npy", path)
+        except OSError:
+            return shutil.copyfile(journal.folder / "vectors.npy", path)
+    source, rows = journal.vectors, np.flatnonzero(keep)
+    target = np.lib.format.open_memmap(path, mode="w+", dtype=source.dtype, shape=(len(rows), source.shape[1]))
+    for start in range(0, len(rows), 8192):
+        target[start : start + 8192] = source[rows[start : start + 8192]]
+    target.flush()
+
+# %% ../nbs/04b_embeddings.ipynb #9c5762cf
+def _finish(journal: _Journal, catalog: Any, folder: Path, skipped: list[tuple[str, str]]) -> None:
+    "Write the final folder in one rename and remove the unfinished one."
+    keep = np.asarray(journal.done) == 1
+    if not keep.any():
+        first = f"; {skipped[0][0]}: {skipped[0][1]}" if skipped else ""
+        raise InputError(f"catalogue {catalog.name!r}: no item could be embedded{first}; run catalog check")
+    if journal.vectors is None:
+        journal.vectors = np.lib.format.open_memmap(journal.folder / "vectors.npy", mode="r+")
+    ids = [i for i, kept in zip(catalog.ids, keep, strict=True) if kept]
+    reasons = dict(skipped)
+    missing = [[i, reasons.get(i, "not read")] for i, kept in zip(catalog.ids, keep, strict=True) if not kept]
+    with atomic_folder(folder) as new:
+        _write_kept(journal, keep, new / "vectors.npy")
+        _write_side_files(new, ids, {**journal.plan, "dim": int(journal.vectors.shape[1]), "skipped": missing})
+    shutil.rmtree(journal.folder)
+
+# %% ../nbs/04b_embeddings.ipynb #2380149e
+def _write_side_files(folder: Path, ids: Sequence[str], plan: dict[str, Any]) -> None:
+    "ids.json and embeddings.json beside vectors.npy."
+    write_json(folder / "ids.json", list(ids))
+    files = {name: about_file(folder / name) for name in ("vectors.npy", "ids.json")}
+    write_json(folder / "embeddings.json", {"version": VERSION, **plan, "count": len(ids), "files": files})
+
+
+def about_file(path: Path) -> dict[str, Any]:
+    "Size and checksum of a file."
+    return {"bytes": _file_size(path), "sha256": sha256_of(path)}
+
+# %% ../nbs/04b_embeddings.ipynb #3d4fa30e
+def embed(
+    encoder: Callable,  # Batch -> [batch, dim] array or tensor, with `transform` and, where known, `name`, `dim`, `size`
+    catalog: Any,  # the items
+    folder: str | Path,  # where the Embeddings go
+    split: str | None = None,  # take this split only
+    batch_size: int = 64,
+    dtype: str = "float32",  # or "float16": half the disk
+    workers: int | None = None,  # processes that decode pictures
+    report: Callable[[int, int], None] | None = None,  # called with (items done, items) after every batch
+) -> Embeddings:
+    "Vectors of all items in `folder`, flushed batch by batch; killed at any moment, the same call goes on."
+    folder = Path(folder)
+    if dtype not in DTYPES:
+        raise InputError(f"dtype {dtype!r}: unknown{did_you_mean(dtype, DTYPES)}")
+    catalog = catalog.split(split) if split else catalog
+    plan = _plan(encoder, catalog, split, batch_size, dtype)
+    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    if folder.exists():
+        return _finished(folder, plan, unfinished)
+    journal = _Journal(unfinished, plan)
+    with _quiet(encoder):
+        skipped = _run(encoder, catalog, journal, batch_size, workers, report or (lambda done, items: None))
+    _finish(journal, catalog, folder, skipped)
+    return Embeddings.open(folder)
+
+# %% ../nbs/04b_embeddings.ipynb #6416dfde
+def _plan(encoder: Callable, catalog: Any, split: str | None, batch_size: int, dtype: str) -> dict[str, Any]:
+    "Everything that two runs must share before they may share a folder."
+    if not len(catalog):
+        raise InputError(f"catalogue {catalog.name!r}: no items{f' in split {split!r}' if split else ''}; nothing to embed")
+    _unique(catalog.ids, f"catalogue {catalog.name!r}")
+    about = {**describe_encoder(encoder), **describe_catalog(catalog, getattr(encoder, "size", None) != 0)}
+    return {**about, "split": split, "dtype": dtype, "batch_size": batch_size}
+
+# %% ../nbs/04b_embeddings.ipynb #7b651bde
+def _finished(folder: Path, plan: dict[str, Any], unfinished: Path) -> Embeddings:
+    "The finished folder of an earlier run, when that run was the same; what a kill left beside it is removed."
+    found = Embeddings.open(folder)
+    _same_plan(found.meta, plan, folder)
+    shutil.rmtree(unfinished, ignore_errors=True)
+    return found
 
 # %% ../nbs/04b_embeddings.ipynb #0a3d6127
 def embed_cached(encoder: Callable, catalog: Any, split: str | None = None, **options: Any) -> Embeddings:

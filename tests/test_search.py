@@ -124,7 +124,7 @@ def test_filter_without_matches_and_with_few(index, queries):
 
 
 def test_bad_filters(index, queries):
-    with pytest.raises(InputError, match="no column 'brnd'.*'brand'"):
+    with pytest.raises(InputError, match=r"no column 'brnd'.*'brand'"):
         index.search(queries, 3, where={"brnd": "b0"})
     with pytest.raises(InputError, match="one True or False an item"):
         index.search(queries, 3, where=np.array([True, False]))
