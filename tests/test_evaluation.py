@@ -1,8 +1,10 @@
 """Evaluation against judges: slow loops, trec_eval, pytorch-metric-learning, brute force; properties; bad input."""
 
+import json
 import math
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -310,3 +312,12 @@ def test_import_is_light():
     code = "import sys, product_retrieval.evaluation; print({'torch', 'faiss', 'matplotlib', 'scipy', 'pyarrow'} & set(sys.modules))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert not {"torch", "faiss", "matplotlib"} & set(out.replace("'", " ").replace("{", " ").replace("}", " ").replace(",", " ").split())
+
+
+@pytest.mark.slow
+def test_bench_evaluation_runs():
+    pytest.importorskip("ranx")
+    script = Path(__file__).parents[1] / "benchmarks" / "bench_evaluation.py"
+    out = subprocess.run([sys.executable, str(script), "--quick"], capture_output=True, text=True, check=True).stdout
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert len(lines) == 5 and all({"figure", "ours", "peer", "ratio", "bar", "met", "hardware"} <= set(line) for line in lines)
