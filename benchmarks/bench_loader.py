@@ -13,6 +13,7 @@ import os
 import platform
 import statistics
 import sys
+import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -72,7 +73,7 @@ def say(figure: str, mine: float, peer: float, unit: str, bar: float | None = No
     print(json.dumps(line), flush=True)
 
 
-def compare_loaders(catalog, paths, size, train, workers, passes) -> None:
+def compare_loaders(catalog, paths, size, train, workers, passes, files="") -> None:
     "Whole passes, alternately."
     peer = DataLoader(Plain(paths, plain_transform(size, train)), batch_size=64, shuffle=True, num_workers=workers)
     transform = ours.picture_transform(size, train=train)
@@ -80,7 +81,7 @@ def compare_loaders(catalog, paths, size, train, workers, passes) -> None:
     rates = [(rate(mine, len), rate(peer, len)) for _ in range(passes)]
     a, b = (statistics.median(column) for column in zip(*rates, strict=True))
     kind = "training views" if train else "still views"
-    say(f"loader, {kind} at {size} px, {workers} workers", a, b, "pictures/s", BAR if workers else None)
+    say(f"loader, {files}{kind} at {size} px, {workers} workers", a, b, "pictures/s", BAR if workers else None)
 
 
 def milliseconds(function, items, passes) -> float:
@@ -135,8 +136,20 @@ def compare_draft(paths, folder, passes) -> None:
             places[-1].write_bytes(data)
         for size in (64, 96, 128, 160):
             if side >= 2 * size:
-                need = milliseconds(lambda p, s=size: ours.read_pixels(p, s), places, passes)
-                say(f"step: draft decode of {side} px for {size} px", need, milliseconds(ours.read_pixels, places, passes), "ms")
+                cut = ours.picture_transform(size).pixels
+                draft = milliseconds(lambda p, s=size, c=cut: c(ours.read_pixels(p, s)), places, passes)
+                whole = milliseconds(lambda p, c=cut: c(ours.read_pixels(p)), places, passes)
+                say(f"step: decode {side} px and resize to {size} px, draft against whole", draft, whole, "ms")
+
+
+def compare_phone(paths, folder, passes) -> None:
+    "Whole passes over large files: the photos enlarged to 1,200 pixels on the shorter side."
+    images = [f"{k}.jpg" for k in range(len(paths))]
+    for image, data in zip(images, enlarged(paths, 1200), strict=True):
+        (folder / image).write_bytes(data)
+    frame = pd.DataFrame({"item_id": images, "image": images, "title": ""})
+    catalog = SimpleNamespace(frame=frame, root=folder)
+    compare_loaders(catalog, [folder / i for i in images], 160, True, 2, passes, "files of 1,200 px, ")
 
 
 def main() -> None:
@@ -154,10 +167,10 @@ def main() -> None:
             compare_loaders(catalog, paths, size, train, workers=2, passes=passes)
     compare_loaders(catalog, paths, 96, True, workers=0, passes=passes)
     compare_steps(paths[::8], passes)
-    import tempfile
-
     with tempfile.TemporaryDirectory() as folder:
         compare_draft(paths[:: 60 if QUICK else 40], Path(folder), passes)
+    with tempfile.TemporaryDirectory() as folder:
+        compare_phone(paths[::10], Path(folder), passes)
 
 
 if __name__ == "__main__":

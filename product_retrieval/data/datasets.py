@@ -35,8 +35,8 @@ from .catalog import Catalog, open_catalog
 # %% auto #0
 __all__ = ['GROCERY_COMMIT', 'GROCERY_TREES', 'DATASETS', 'GITHUB_TREE', 'GITHUB_RAW', 'PRODUCT1M_FILES', 'EPRODUCT_FILES',
            'Dataset', 'list_datasets', 'git_blob_hash', 'tree_hash', 'git_tree_hash', 'Polite', 'fetch_file',
-           'DownloadReport', 'download_files', 'download_pictures', 'fetch_pictures', 'grocery_catalog',
-           'download_grocery', 'product1m_catalog', 'read_product1m', 'eproduct_catalog', 'load_dataset']
+           'DownloadReport', 'download_files', 'download_pictures', 'grocery_catalog', 'download_grocery',
+           'read_product1m', 'product1m_catalog', 'fetch_pictures', 'eproduct_catalog', 'load_dataset']
 
 # %% ../../nbs/01b_datasets.ipynb #0dc9270a
 @dataclass(frozen=True)
@@ -56,12 +56,14 @@ class Dataset:
         size = f"{human_size(self.size)} to download" if self.size else "you bring the files"
         return f"{self.name}: {self.title}\n  {size}; licence: {self.licence}; cite {self.citation}\n  {self.url}\n  {self.how}"
 
-# %% ../../nbs/01b_datasets.ipynb #375bbca9
+# %% ../../nbs/01b_datasets.ipynb #10095224
 GROCERY_COMMIT = "fc80ba90f803d79d0383df52c5a4ac5de99ff6fc"
 GROCERY_TREES = {  # git tree hash of the folder dataset/
     "e7756d505f53e3eef89ae1ee97f3a799a9885475": "full size",
     "bd6bd7a6a7a5562360455743e36277ef438c904a": "shorter side re-encoded to 160 px",
 }
+
+# %% ../../nbs/01b_datasets.ipynb #dffc3f18
 _GROCERY = Dataset(
     name="grocery",
     title="Grocery Store Dataset: 5,421 photos and 81 iconic pictures of 81 products",
@@ -73,7 +75,7 @@ _GROCERY = Dataset(
     how="Downloaded when first used, or name a folder that holds a copy.",
 )
 
-# %% ../../nbs/01b_datasets.ipynb #5a3d2bf0
+# %% ../../nbs/01b_datasets.ipynb #3120beed
 _PRODUCT1M = Dataset(
     name="product1m",
     title="Product1M: 1.18 million cosmetics pictures with Chinese captions",
@@ -85,6 +87,8 @@ _PRODUCT1M = Dataset(
     how="Its README says where the lists are: put product1m_{train,dev,test,gallery}_ossurl_v2.txt into one folder "
     "and name it; fetch_pictures gets the pictures.",
 )
+
+# %% ../../nbs/01b_datasets.ipynb #d6ec8812
 _EPRODUCT = Dataset(
     name="eproduct",
     title="eProduct: 2.5 million eBay listings, 1,000 leaf categories",
@@ -147,35 +151,6 @@ class Polite:
     per_host: int = 4  # connections to one host at a time
     max_bytes: int = 50_000_000  # of one picture
 
-# %% ../../nbs/01b_datasets.ipynb #c8941437
-_PASSING = (408, 425, 429, 500, 502, 503, 504)  # HTTP answers that may be different in a minute
-_PASSING_ERRORS = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError, socket.timeout)
-
-
-def _open_url(url: str, polite: Polite, headers: dict[str, str] | None = None) -> Any:
-    "Open an http(s) address; anything else, such as file:, is refused."
-    if urllib.parse.urlsplit(url).scheme not in ("http", "https"):
-        raise InputError(f"{url!r}: not an http or https address")
-    request = urllib.request.Request(_quoted(url), headers={"User-Agent": polite.agent, **(headers or {})})
-    return urllib.request.urlopen(request, timeout=polite.timeout)
-
-
-def _quoted(url: str) -> str:
-    "The address with spaces and letters outside ASCII percent-encoded."
-    return urllib.parse.quote(url, safe="%/:=&?~#+!$,;'@()*[]")
-
-# %% ../../nbs/01b_datasets.ipynb #1a4db27e
-def _wait(attempt: int, polite: Polite, error: Exception | None = None, stop: threading.Event | None = None) -> None:
-    "Exponential back-off with jitter; a server that names a time (Retry-After) gets it."
-    seconds = min(60.0, polite.backoff * 2**attempt) * (0.5 + random.random() / 2)
-    asked = getattr(error, "headers", None) and error.headers.get("Retry-After", "")
-    if asked and asked.isdigit():
-        seconds = min(300.0, max(seconds, float(asked)))
-    if stop is not None:
-        stop.wait(seconds)
-    else:
-        time.sleep(seconds)
-
 # %% ../../nbs/01b_datasets.ipynb #d930bc72
 def fetch_file(
     url: str,
@@ -199,26 +174,22 @@ def fetch_file(
     _forget(part)
     return path
 
-# %% ../../nbs/01b_datasets.ipynb #63bdaebe
-def _wrong(path: Path, size: int | None, sha256: str | None) -> str:
-    "What is wrong with a downloaded file, or ''."
-    found = path.stat().st_size
-    if size is not None and found != size:
-        return f"{found:,} bytes where {size:,} are expected"
-    if sha256 is not None and (digest := sha256_of(path)) != sha256:
-        return f"SHA-256 {digest[:16]}... where {sha256[:16]}... is expected"
-    return ""
+# %% ../../nbs/01b_datasets.ipynb #c8941437
+_PASSING = (408, 425, 429, 500, 502, 503, 504)  # HTTP answers that may be different in a minute
+_PASSING_ERRORS = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError, socket.timeout)
 
 
-def _stamp(part: Path) -> Path:
-    "Where the version (ETag) of a partial file is noted."
-    return part.with_name(part.name + ".json")
+def _open_url(url: str, polite: Polite, headers: dict[str, str] | None = None) -> Any:
+    "Open an http(s) address; anything else, such as file:, is refused."
+    if urllib.parse.urlsplit(url).scheme not in ("http", "https"):
+        raise InputError(f"{url!r}: not an http or https address")
+    request = urllib.request.Request(_quoted(url), headers={"User-Agent": polite.agent, **(headers or {})})
+    return urllib.request.urlopen(request, timeout=polite.timeout)
 
 
-def _forget(part: Path) -> None:
-    "Delete a partial file and its note."
-    part.unlink(missing_ok=True)
-    _stamp(part).unlink(missing_ok=True)
+def _quoted(url: str) -> str:
+    "The address with spaces and letters outside ASCII percent-encoded."
+    return urllib.parse.quote(url, safe="%/:=&?~#+!$,;'@()*[]")
 
 # %% ../../nbs/01b_datasets.ipynb #93f03714
 def _fetch_with_retries(url: str, part: Path, polite: Polite, progress: Callable | None) -> None:
@@ -273,7 +244,7 @@ def _note_version(answer: Any, part: Path) -> None:
     else:
         _stamp(part).unlink(missing_ok=True)
 
-# %% ../../nbs/01b_datasets.ipynb #5ec6c0f7
+# %% ../../nbs/01b_datasets.ipynb #8e652a41
 def _append(answer: Any, part: Path, have: int, progress: Callable | None) -> None:
     "Write the body behind the first `have` bytes; a body shorter than announced is a passing error."
     length = answer.headers.get("Content-Length")
@@ -288,13 +259,69 @@ def _append(answer: Any, part: Path, have: int, progress: Callable | None) -> No
     if total is not None and have < total:
         raise http.client.IncompleteRead(b"", total - have)
 
-
+# %% ../../nbs/01b_datasets.ipynb #4eaa79f7
 def _short(error: Exception) -> str:
     "An error in a few words."
     if isinstance(error, urllib.error.HTTPError):
         return f"HTTP {error.code} {error.reason}"
     reason = getattr(error, "reason", None) or error
     return f"{type(error).__name__}: {reason}" if str(reason) else type(error).__name__
+
+# %% ../../nbs/01b_datasets.ipynb #37dde8f0
+def _wrong(path: Path, size: int | None, sha256: str | None) -> str:
+    "What is wrong with a downloaded file, or ''."
+    found = path.stat().st_size
+    if size is not None and found != size:
+        return f"{found:,} bytes where {size:,} are expected"
+    if sha256 is not None and (digest := sha256_of(path)) != sha256:
+        return f"SHA-256 {digest[:16]}... where {sha256[:16]}... is expected"
+    return ""
+
+
+def _stamp(part: Path) -> Path:
+    "Where the version (ETag) of a partial file is noted."
+    return part.with_name(part.name + ".json")
+
+# %% ../../nbs/01b_datasets.ipynb #b5584a1e
+def _forget(part: Path) -> None:
+    "Delete a partial file and its note."
+    part.unlink(missing_ok=True)
+    _stamp(part).unlink(missing_ok=True)
+
+# %% ../../nbs/01b_datasets.ipynb #1cf23e84
+def _append(answer: Any, part: Path, have: int, progress: Callable | None) -> None:
+    "Write the body behind the first `have` bytes; a body shorter than announced is a passing error."
+    length = answer.headers.get("Content-Length")
+    total = have + int(length) if length else None
+    with open(part, "r+b" if have else "wb") as file:
+        file.seek(have)
+        while block := answer.read(1 << 18):
+            file.write(block)
+            have += len(block)
+            if progress:
+                progress(have, total)
+    if total is not None and have < total:
+        raise http.client.IncompleteRead(b"", total - have)
+
+# %% ../../nbs/01b_datasets.ipynb #ca8fa021
+def _short(error: Exception) -> str:
+    "An error in a few words."
+    if isinstance(error, urllib.error.HTTPError):
+        return f"HTTP {error.code} {error.reason}"
+    reason = getattr(error, "reason", None) or error
+    return f"{type(error).__name__}: {reason}" if str(reason) else type(error).__name__
+
+# %% ../../nbs/01b_datasets.ipynb #1a4db27e
+def _wait(attempt: int, polite: Polite, error: Exception | None = None, stop: threading.Event | None = None) -> None:
+    "Exponential back-off with jitter; a server that names a time (Retry-After) gets it."
+    seconds = min(60.0, polite.backoff * 2**attempt) * (0.5 + random.random() / 2)
+    asked = getattr(error, "headers", None) and error.headers.get("Retry-After", "")
+    if asked and asked.isdigit():
+        seconds = min(300.0, max(seconds, float(asked)))
+    if stop is not None:
+        stop.wait(seconds)
+    else:
+        time.sleep(seconds)
 
 # %% ../../nbs/01b_datasets.ipynb #f8a30794
 @dataclass
@@ -311,7 +338,7 @@ class DownloadReport:
         text = f"{self.fetched:,} fetched, {self.present:,} were here, {self.failed:,} failed"
         return text + (f"; reasons in {self.failures}" if self.failed else "")
 
-# %% ../../nbs/01b_datasets.ipynb #4a4b0976
+# %% ../../nbs/01b_datasets.ipynb #a7864a61
 def download_files(
     files: Iterable[tuple[str, Sequence[str]]],  # (relative path, addresses to try in this order)
     folder: str | Path,
@@ -329,9 +356,11 @@ def download_files(
         _run_threads(crew, iter(files), workers)
     finally:
         crew.close()
+    if crew.error:
+        raise crew.error
     return crew.report
 
-
+# %% ../../nbs/01b_datasets.ipynb #ee8599ff
 def download_pictures(pictures: Iterable[tuple[str, Sequence[str]]], folder: str | Path, **options: Any) -> DownloadReport:
     "`download_files` for pictures: what is not a complete picture counts as a failure."
     return download_files(pictures, folder, check=_not_a_picture, **options)
@@ -368,7 +397,7 @@ class _Crew:
         shutil.rmtree(self.parts, ignore_errors=True)
         _tidy_failures(self.folder)
 
-# %% ../../nbs/01b_datasets.ipynb #9034029e
+# %% ../../nbs/01b_datasets.ipynb #2b125167
 def _run_threads(crew: _Crew, jobs: Iterator, workers: int) -> None:
     "Threads that take one file after the other from a list that need not fit into memory."
     threads = [threading.Thread(target=_work, args=(crew, jobs), daemon=True) for _ in range(workers)]
@@ -382,10 +411,8 @@ def _run_threads(crew: _Crew, jobs: Iterator, workers: int) -> None:
         crew.stop.set()
         for thread in threads:
             thread.join(crew.polite.timeout)
-    if crew.error:
-        raise crew.error
 
-# %% ../../nbs/01b_datasets.ipynb #c4335d2f
+# %% ../../nbs/01b_datasets.ipynb #5c07b4ae
 def _work(crew: _Crew, jobs: Iterator) -> None:
     "One thread: next file, until there is none or somebody says stop."
     try:
@@ -399,7 +426,7 @@ def _work(crew: _Crew, jobs: Iterator) -> None:
         crew.error = crew.error or error
         crew.stop.set()
 
-
+# %% ../../nbs/01b_datasets.ipynb #87a7db8a
 def _one_job(crew: _Crew, name: str, urls: Sequence[str]) -> None:
     "Fetch one file, or find it here, or write down why not."
     path = _inside(crew.folder, name)
@@ -415,7 +442,7 @@ def _one_job(crew: _Crew, name: str, urls: Sequence[str]) -> None:
     _place(data, crew.parts / f"{threading.get_ident()}", path)
     return crew.count("fetched")
 
-# %% ../../nbs/01b_datasets.ipynb #c72cab7d
+# %% ../../nbs/01b_datasets.ipynb #c552d4b0
 def _inside(folder: Path, name: str) -> Path:
     "The path of a file; a list may not write outside its folder."
     path = folder / name
@@ -433,7 +460,7 @@ def _place(data: bytes, part: Path, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     os.replace(part, path)
 
-
+# %% ../../nbs/01b_datasets.ipynb #051f45e2
 def _own_parts(folder: Path) -> Path:
     "A place for half-written files of this process; places that killed processes left are removed."
     import psutil
@@ -464,7 +491,7 @@ def _fetch_one(crew: _Crew, name: str, urls: Sequence[str]) -> tuple[bytes | Non
         _wait(attempt, crew.polite, error, crew.stop)
     return None, "; ".join(dict.fromkeys(reasons.values())) or "no address", bool(left)
 
-# %% ../../nbs/01b_datasets.ipynb #f9a4ca86
+# %% ../../nbs/01b_datasets.ipynb #6c650b3d
 def _ask_once(crew: _Crew, name: str, url: str) -> tuple[bytes | None, str, bool, Exception | None]:
     "One request: (bytes, reason, whether it may pass, the error)."
     try:
@@ -479,7 +506,7 @@ def _ask_once(crew: _Crew, name: str, url: str) -> tuple[bytes | None, str, bool
     trouble = crew.check(name, data)
     return (None, trouble, False, None) if trouble else (data, "", False, None)
 
-
+# %% ../../nbs/01b_datasets.ipynb #9a821b43
 def _read_all(answer: Any, limit: int) -> bytes:
     "The whole body; cut short or endless is an error."
     data = answer.read(limit + 1)
@@ -507,7 +534,7 @@ def _not_a_picture(name: str, data: bytes) -> str:
         return f"broken picture ({error})"
     return ""
 
-# %% ../../nbs/01b_datasets.ipynb #e563acc8
+# %% ../../nbs/01b_datasets.ipynb #cedbf2f4
 def _read_failures(folder: Path, passing: bool = False) -> dict[str, dict]:
     "Failures of earlier runs by path; half a last line, left by a kill, is ignored."
     found = {}
@@ -520,7 +547,7 @@ def _read_failures(folder: Path, passing: bool = False) -> dict[str, dict]:
             continue
     return {name: f for name, f in found.items() if passing or not f.get("passing")}
 
-
+# %% ../../nbs/01b_datasets.ipynb #7afceeae
 def _tidy_failures(folder: Path) -> None:
     "Rewrite the list of failures: each missing file once; no list when nothing is missing."
     left = [f for name, f in _read_failures(folder, passing=True).items() if not (folder / name).exists()]
@@ -529,21 +556,7 @@ def _tidy_failures(folder: Path) -> None:
     if not left:
         (folder / "failures.jsonl").unlink()
 
-# %% ../../nbs/01b_datasets.ipynb #fcaaf42e
-def fetch_pictures(
-    catalog: Catalog,  # with columns `url` and, optionally, `mirror`, as `product1m_catalog` gives
-    **options: Any,  # of `download_pictures`
-) -> DownloadReport:
-    "Download the pictures of a catalogue to where its `image` column says."
-    frame = catalog.frame
-    if "url" not in frame:
-        raise InputError(f"{catalog.name}: no column 'url'; only catalogues of product1m know where their pictures are")
-    mirrors = frame["mirror"] if "mirror" in frame else [""] * len(frame)
-    distinct = ~frame["image"].duplicated()
-    jobs = ((i, (u, m)) for i, u, m, new in zip(frame["image"], frame["url"], mirrors, distinct, strict=True) if new)
-    return download_pictures(jobs, catalog.root, **options)
-
-# %% ../../nbs/01b_datasets.ipynb #8909b36b
+# %% ../../nbs/01b_datasets.ipynb #0d55dfbe
 def grocery_catalog(
     folder: str | Path,  # holds dataset/, or is that folder
     verify: bool = True,  # compare the git tree hash with the known ones
@@ -559,10 +572,10 @@ def grocery_catalog(
     frame = pd.concat(rows, ignore_index=True).astype("str")
     return Catalog.from_frame(frame, root, "grocery", source=f"{_GROCERY.url} ({note})", licence="MIT")
 
-
+# %% ../../nbs/01b_datasets.ipynb #284e1a0a
 _GROCERY_LISTS = {"train.txt": "train", "val.txt": "val_query", "test.txt": "query"}
 
-# %% ../../nbs/01b_datasets.ipynb #c5c3e041
+# %% ../../nbs/01b_datasets.ipynb #44a6891b
 def _grocery_note(root: Path) -> str:
     "Which known variant this is; an unknown one is an error."
     found = git_tree_hash(root)
@@ -572,7 +585,7 @@ def _grocery_note(root: Path) -> str:
         raise InputError(f"{root}: git tree hash {found[:12]}; expected {known}: {advice}")
     return GROCERY_TREES[found]
 
-
+# %% ../../nbs/01b_datasets.ipynb #d1baf5c8
 def _grocery_classes(root: Path) -> pd.DataFrame:
     "One row for each fine class: name, category 'Fruit/Apple', iconic picture, description."
     table = pd.read_csv(root / "classes.csv", dtype=str)
@@ -582,14 +595,14 @@ def _grocery_classes(root: Path) -> pd.DataFrame:
     image = table["image"].str.lstrip("/")
     return pd.DataFrame({"label": table["label"], "category": meta + "/" + table["coarse"], "image": image, "title": texts})
 
-# %% ../../nbs/01b_datasets.ipynb #67171cd9
+# %% ../../nbs/01b_datasets.ipynb #7f3ddbd3
 def _grocery_iconic(root: Path, classes: pd.DataFrame, split: str) -> pd.DataFrame:
     "The iconic pictures as gallery items. Both galleries hold them, under ids of their own."
     ids = [f"{split.replace('_', '-')}-{k:03d}" for k in range(len(classes))]
     columns = {"item_id": ids, "split": split, "labels": classes["label"]}
     return classes[["image", "title", "category"]].assign(**columns)
 
-
+# %% ../../nbs/01b_datasets.ipynb #db1d4fb9
 def _grocery_photos(root: Path, classes: pd.DataFrame, file: str, split: str) -> pd.DataFrame:
     "The photos of one list. Their ids say nothing about the class; they have no titles."
     images, labels = [], []
@@ -603,13 +616,13 @@ def _grocery_photos(root: Path, classes: pd.DataFrame, file: str, split: str) ->
     columns = {"item_id": [f"{Path(file).stem}-{k:04d}" for k in range(len(images))], "image": images, "title": ""}
     return pd.DataFrame({**columns, "split": split, "category": known["category"], "labels": known["label"]})
 
-# %% ../../nbs/01b_datasets.ipynb #664aee5d
+# %% ../../nbs/01b_datasets.ipynb #8f18f0cc
 _REPOSITORY = "marcusklasson/GroceryStoreDataset"
 _TREE = _GROCERY.checksum.removeprefix("git-tree:")
 GITHUB_TREE = f"https://api.github.com/repos/{_REPOSITORY}/git/trees/{_TREE}?recursive=1"
 GITHUB_RAW = f"https://raw.githubusercontent.com/{_REPOSITORY}/{GROCERY_COMMIT}/dataset/"
 
-
+# %% ../../nbs/01b_datasets.ipynb #1eca8a5a
 def download_grocery(folder: str | Path, polite: Polite = Polite(), progress: Callable | None = None) -> Path:
     "Fetch, verify every byte, then rename. A first run takes one archive; a run after a broken one goes file by file."
     folder = Path(folder)
@@ -665,26 +678,46 @@ def _unpack(archive: Path, folder: Path) -> None:
         archive.unlink()
         raise InputError(f"{archive}: broken archive ({error}); deleted, try again") from None
 
-# %% ../../nbs/01b_datasets.ipynb #1b8b7fa3
-PRODUCT1M_FILES = {"train": "train", "dev": "val_query", "test": "query", "gallery": "gallery"}
+# %% ../../nbs/01b_datasets.ipynb #ade50844
+def _grocery_note(root: Path) -> str:
+    "Which known variant this is; an unknown one is an error."
+    found = git_tree_hash(root)
+    if found not in GROCERY_TREES:
+        known = ", ".join(f"{tree[:12]} ({what})" for tree, what in GROCERY_TREES.items())
+        advice = "files are missing, added or changed; fetch it again, or pass verify=False"
+        raise InputError(f"{root}: git tree hash {found[:12]}; expected {known}: {advice}")
+    return GROCERY_TREES[found]
 
+# %% ../../nbs/01b_datasets.ipynb #55bec1d6
+def _grocery_classes(root: Path) -> pd.DataFrame:
+    "One row for each fine class: name, category 'Fruit/Apple', iconic picture, description."
+    table = pd.read_csv(root / "classes.csv", dtype=str)
+    table.columns = ["label", "id", "coarse", "coarse_id", "image", "description"]
+    meta = table["image"].str.split("/").str[2]
+    texts = [(root / p.lstrip("/")).read_text(encoding="utf-8").strip() for p in table["description"]]
+    image = table["image"].str.lstrip("/")
+    return pd.DataFrame({"label": table["label"], "category": meta + "/" + table["coarse"], "image": image, "title": texts})
 
-def product1m_catalog(
-    folder: str | Path,  # holds product1m_{train,dev,test,gallery}_ossurl_v2.txt, or some of them
-    val_gallery: bool = True,  # list the gallery a second time for validation, under ids 'val-...'
-) -> Catalog:
-    "Product1M as a catalogue; train rows have no labels, because the train file has none."
-    folder = Path(folder)
-    names = {split: f"product1m_{name}_ossurl_v2.txt" for name, split in PRODUCT1M_FILES.items()}
-    files = {split: folder / name for split, name in names.items()}
-    parts = [read_product1m(path, split) for split, path in files.items() if path.exists()]
-    if not parts:
-        raise InputError(f"{folder}: none of {', '.join(names.values())} is here; {_PRODUCT1M.how}")
-    if val_gallery and files["gallery"].exists():
-        again = parts[-1]
-        parts.append(again.assign(item_id="val-" + again["item_id"], split="val_gallery"))
-    frame = pd.concat(parts, ignore_index=True)
-    return Catalog.from_frame(frame, folder, "product1m", source=_PRODUCT1M.url, licence=_PRODUCT1M.licence)
+# %% ../../nbs/01b_datasets.ipynb #5d69c91c
+def _grocery_iconic(root: Path, classes: pd.DataFrame, split: str) -> pd.DataFrame:
+    "The iconic pictures as gallery items. Both galleries hold them, under ids of their own."
+    ids = [f"{split.replace('_', '-')}-{k:03d}" for k in range(len(classes))]
+    columns = {"item_id": ids, "split": split, "labels": classes["label"]}
+    return classes[["image", "title", "category"]].assign(**columns)
+
+# %% ../../nbs/01b_datasets.ipynb #6856057a
+def _grocery_photos(root: Path, classes: pd.DataFrame, file: str, split: str) -> pd.DataFrame:
+    "The photos of one list. Their ids say nothing about the class; they have no titles."
+    images, labels = [], []
+    for number, line in enumerate((root / file).read_text(encoding="utf-8").splitlines(), start=1):
+        parts = line.split(", ")
+        if len(parts) != 3 or not parts[1].isdigit() or int(parts[1]) >= len(classes):
+            raise InputError(f"{root / file}, line {number}: {line!r}; expected 'path, fine label, coarse label'")
+        images.append(parts[0])
+        labels.append(int(parts[1]))
+    known = classes.iloc[labels].reset_index(drop=True)
+    columns = {"item_id": [f"{Path(file).stem}-{k:04d}" for k in range(len(images))], "image": images, "title": ""}
+    return pd.DataFrame({**columns, "split": split, "category": known["category"], "labels": known["label"]})
 
 # %% ../../nbs/01b_datasets.ipynb #2854f82d
 def read_product1m(
@@ -704,7 +737,7 @@ def read_product1m(
     _refuse_repeated(frame["item_id"], path)
     return frame.drop(columns="line")
 
-# %% ../../nbs/01b_datasets.ipynb #b25834e0
+# %% ../../nbs/01b_datasets.ipynb #32d4c8c2
 def _line_blocks(file: IO[bytes], size: int = 1 << 24) -> Iterator[tuple[int, list[bytes]]]:
     "Lines in blocks of about 16 MB, with the number of the first. Only a line feed ends a line."
     first = 1
@@ -712,7 +745,7 @@ def _line_blocks(file: IO[bytes], size: int = 1 << 24) -> Iterator[tuple[int, li
         yield first, lines
         first += len(lines)
 
-
+# %% ../../nbs/01b_datasets.ipynb #ec1a9d4d
 def _product1m_block(lines: list[bytes], first: int, path: Path, split: str) -> pd.DataFrame:
     "A block of lines as a frame."
     texts = _decode_lines(lines, first, path)
@@ -724,7 +757,27 @@ def _product1m_block(lines: list[bytes], first: int, path: Path, split: str) -> 
     columns = list(zip(*rows, strict=True)) or [()] * fields
     return _product1m_frame(columns, numbers, path, split)
 
-# %% ../../nbs/01b_datasets.ipynb #34fe6848
+# %% ../../nbs/01b_datasets.ipynb #56ccc0f8
+def _line_blocks(file: IO[bytes], size: int = 1 << 24) -> Iterator[tuple[int, list[bytes]]]:
+    "Lines in blocks of about 16 MB, with the number of the first. Only a line feed ends a line."
+    first = 1
+    while lines := file.readlines(size):
+        yield first, lines
+        first += len(lines)
+
+# %% ../../nbs/01b_datasets.ipynb #7bf8fd7a
+def _product1m_block(lines: list[bytes], first: int, path: Path, split: str) -> pd.DataFrame:
+    "A block of lines as a frame."
+    texts = _decode_lines(lines, first, path)
+    fields = 4 if split == "train" else 5
+    rows = [text.split("#####") for text in texts]
+    numbers = np.arange(first, first + len(rows))
+    if not all(map(fields.__eq__, map(len, rows))):
+        rows, numbers = _check_rows(rows, numbers, fields, path)
+    columns = list(zip(*rows, strict=True)) or [()] * fields
+    return _product1m_frame(columns, numbers, path, split)
+
+# %% ../../nbs/01b_datasets.ipynb #0424e620
 def _decode_lines(lines: list[bytes], first: int, path: Path) -> list[str]:
     "UTF-8 text without line ends and byte order mark."
     try:
@@ -736,7 +789,7 @@ def _decode_lines(lines: list[bytes], first: int, path: Path) -> list[str]:
     texts = text.replace("\r\n", "\n").split("\n")
     return texts[:-1] if text.endswith("\n") else texts
 
-
+# %% ../../nbs/01b_datasets.ipynb #91c48e44
 def _check_rows(rows: list[list[str]], numbers: np.ndarray, fields: int, path: Path) -> tuple[list, np.ndarray]:
     "Drop empty lines; any other line with a wrong number of fields is an error. A train line may carry labels: dropped."
     keep = [k for k, row in enumerate(rows) if row != [""]]
@@ -773,6 +826,41 @@ def _refuse_repeated(ids: pd.Series, path: Path) -> None:
     if len(repeated):
         raise InputError(f"{path}: item id {repeated.iloc[0]!r} stands there twice ({len(repeated):,} such ids); remove one")
 
+# %% ../../nbs/01b_datasets.ipynb #8b9892b2
+PRODUCT1M_FILES = {"train": "train", "dev": "val_query", "test": "query", "gallery": "gallery"}
+
+# %% ../../nbs/01b_datasets.ipynb #29ef8517
+def product1m_catalog(
+    folder: str | Path,  # holds product1m_{train,dev,test,gallery}_ossurl_v2.txt, or some of them
+    val_gallery: bool = True,  # list the gallery a second time for validation, under ids 'val-...'
+) -> Catalog:
+    "Product1M as a catalogue; train rows have no labels, because the train file has none."
+    folder = Path(folder)
+    names = {split: f"product1m_{name}_ossurl_v2.txt" for name, split in PRODUCT1M_FILES.items()}
+    files = {split: folder / name for split, name in names.items()}
+    parts = [read_product1m(path, split) for split, path in files.items() if path.exists()]
+    if not parts:
+        raise InputError(f"{folder}: none of {', '.join(names.values())} is here; {_PRODUCT1M.how}")
+    if val_gallery and files["gallery"].exists():
+        again = parts[-1]
+        parts.append(again.assign(item_id="val-" + again["item_id"], split="val_gallery"))
+    frame = pd.concat(parts, ignore_index=True)
+    return Catalog.from_frame(frame, folder, "product1m", source=_PRODUCT1M.url, licence=_PRODUCT1M.licence)
+
+# %% ../../nbs/01b_datasets.ipynb #fcaaf42e
+def fetch_pictures(
+    catalog: Catalog,  # with columns `url` and, optionally, `mirror`, as `product1m_catalog` gives
+    **options: Any,  # of `download_pictures`
+) -> DownloadReport:
+    "Download the pictures of a catalogue to where its `image` column says."
+    frame = catalog.frame
+    if "url" not in frame:
+        raise InputError(f"{catalog.name}: no column 'url'; only catalogues of product1m know where their pictures are")
+    mirrors = frame["mirror"] if "mirror" in frame else [""] * len(frame)
+    distinct = ~frame["image"].duplicated()
+    jobs = ((i, (u, m)) for i, u, m, new in zip(frame["image"], frame["url"], mirrors, distinct, strict=True) if new)
+    return download_pictures(jobs, catalog.root, **options)
+
 # %% ../../nbs/01b_datasets.ipynb #e6105a5d
 EPRODUCT_FILES = {"train": "train", "val": "", "index": "gallery", "query_part1": "query", "query_part2": "query"}
 
@@ -807,7 +895,7 @@ def _read_eproduct(path: Path, name: str, folder: Path) -> pd.DataFrame:
         frame["labels"] = "leaf-" + table["LEAF_CATEG_ID"]
     return frame
 
-# %% ../../nbs/01b_datasets.ipynb #50182e24
+# %% ../../nbs/01b_datasets.ipynb #95d4a00d
 def _eproduct_table(path: Path, wanted: list[str]) -> pd.DataFrame:
     "The columns that a metadata file has to have, as text."
     try:
@@ -819,7 +907,7 @@ def _eproduct_table(path: Path, wanted: list[str]) -> pd.DataFrame:
         raise InputError(f"{path}: no column {missing[0]!r}{did_you_mean(missing[0], table.columns)}")
     return table
 
-
+# %% ../../nbs/01b_datasets.ipynb #aba8c1c7
 def _eproduct_images(images: pd.Series, name: str, folder: Path) -> pd.Series:
     "Paths below the folder: as given, below Images/, or below Images/<file name>/, whichever is there."
     first = images.iloc[0] if len(images) else ""
@@ -847,7 +935,7 @@ def load_dataset(
         return eproduct_catalog(_need(place, "eproduct"))
     return grocery_catalog(place or _get_grocery(download, say), verify)
 
-# %% ../../nbs/01b_datasets.ipynb #049f29ed
+# %% ../../nbs/01b_datasets.ipynb #cda2c5d4
 def _find_dataset(name: str) -> Path | None:
     "A copy in the cache, or in the folder that the environment names."
     places = [cache_dir() / "datasets" / name]
@@ -862,7 +950,7 @@ def _need(place: Path | None, name: str) -> Path:
         raise InputError(f"data set {name!r}: not here and not downloadable; {DATASETS[name].how}")
     return place
 
-
+# %% ../../nbs/01b_datasets.ipynb #0ee56978
 def _get_grocery(download: bool, say: Callable[[str], None]) -> Path:
     "Download into the cache, after saying how much."
     folder = cache_dir() / "datasets" / "grocery"

@@ -26,16 +26,17 @@ from torchvision.transforms.v2 import functional as F
 from ..core import InputError, did_you_mean
 
 # %% auto #0
-__all__ = ['MAX_PIXELS', 'FORMATS', 'IMAGENET_MEAN', 'IMAGENET_STD', 'ImageError', 'read_image', 'to_rgb', 'read_pixels',
-           'PictureTransform', 'CentralSquare', 'picture_transform', 'Batch', 'item_seed', 'decode_batch',
-           'WorkerError', 'PictureLoader', 'plan_epoch']
+__all__ = ['MAX_PIXELS', 'DRAFT_PIXELS', 'FORMATS', 'IMAGENET_MEAN', 'IMAGENET_STD', 'ImageError', 'read_image', 'to_rgb',
+           'read_pixels', 'PictureTransform', 'picture_transform', 'CentralSquare', 'Batch', 'PictureLoader',
+           'plan_epoch', 'item_seed', 'decode_batch', 'WorkerError']
 
-# %% ../../nbs/01c_pictures.ipynb #25dcd6af
+# %% ../../nbs/01c_pictures.ipynb #ed96378c
 class ImageError(InputError):
     "A picture that cannot be read. The message names the file and says why."
 
 
 MAX_PIXELS = 89_478_485  # larger pictures are refused: a few kilobytes of file can unpack to gigabytes
+DRAFT_PIXELS = 150_000  # below, decoding a JPEG smaller costs more than it saves (benchmarks/bench_loader.py)
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 
 # %% ../../nbs/01c_pictures.ipynb #ef371f4b
@@ -55,53 +56,6 @@ def read_image(
     if max_side and max(picture.size) > max_side:
         picture.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
     return picture
-
-# %% ../../nbs/01c_pictures.ipynb #27c24092
-def _read_bytes(path: str | Path) -> bytearray:
-    "The content of a file, as something that Pillow and torch can both look into without a copy."
-    try:
-        with open(path, "rb") as file:
-            data = bytearray(file.read())
-    except OSError as error:
-        raise ImageError(f"{path}: {error.strerror or error}; expected a picture file") from None
-    if not data:
-        raise ImageError(f"{path}: the file is empty; fetch the picture again or drop the item")
-    return data
-
-# %% ../../nbs/01c_pictures.ipynb #24427eb2
-@lru_cache(maxsize=1)
-def _formats() -> list[str]:
-    "Those of our formats that this build of Pillow knows."
-    Image.init()
-    return [name for name in FORMATS if name in Image.OPEN]
-
-
-def _open(data: bytearray) -> Image.Image:
-    "Open, not yet decode; refuse what would fill the memory."
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        picture = Image.open(io.BytesIO(data), formats=_formats())
-    if picture.width * picture.height > MAX_PIXELS:
-        raise Image.DecompressionBombError(f"{picture.width} x {picture.height} pixels")
-    return picture
-
-
-def _draft(picture: Image.Image, max_side: int | None, min_side: int | None) -> None:
-    "Ask the JPEG decoder for 1/2, 1/4 or 1/8 of the size where that is enough; other formats ignore it."
-    if max_side and not min_side:  # twice the target, so that the final resize has something to average
-        min_side = math.ceil(2 * max_side * min(picture.size) / max(picture.size))
-    if min_side:
-        picture.draft(None, (min_side, min_side))
-
-# %% ../../nbs/01c_pictures.ipynb #2bd23dd7
-def _reason(error: Exception) -> str:
-    "Why a picture cannot be read, and what to do."
-    if isinstance(error, UnidentifiedImageError):
-        return f"not a picture in a known format ({', '.join(FORMATS)}); convert it or drop the item"
-    if isinstance(error, Image.DecompressionBombError):
-        return f"too large to decode safely ({error}; at most {MAX_PIXELS:,}); shrink the picture or drop the item"
-    text = str(error) or type(error).__name__
-    return f"broken picture ({text}); fetch it again or drop the item"
 
 # %% ../../nbs/01c_pictures.ipynb #bf7322e2
 def to_rgb(picture: Image.Image) -> Image.Image:
@@ -126,6 +80,58 @@ def _from_deep(picture: Image.Image) -> Image.Image:
         top = 255.0
     grey = np.clip(values / top * 255, 0, 255).round().astype(np.uint8)
     return Image.fromarray(grey).convert("RGB")
+
+# %% ../../nbs/01c_pictures.ipynb #27c24092
+def _read_bytes(path: str | Path) -> bytearray:
+    "The content of a file, as something that Pillow and torch can both look into without a copy."
+    try:
+        with open(path, "rb") as file:
+            data = bytearray(file.read())
+    except OSError as error:
+        raise ImageError(f"{path}: {error.strerror or error}; expected a picture file") from None
+    if not data:
+        raise ImageError(f"{path}: the file is empty; fetch the picture again or drop the item")
+    return data
+
+# %% ../../nbs/01c_pictures.ipynb #3c5ae431
+@lru_cache(maxsize=1)
+def _formats() -> list[str]:
+    "Those of our formats that this build of Pillow knows."
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
+
+
+def _open(data: bytearray) -> Image.Image:
+    "Open, not yet decode; refuse what would fill the memory."
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        picture = Image.open(io.BytesIO(data), formats=_formats())
+    if picture.width * picture.height > MAX_PIXELS:
+        raise Image.DecompressionBombError
+    return picture
+
+# %% ../../nbs/01c_pictures.ipynb #4a0c1bf4
+def _drafts(size: tuple[int, int], min_side: int | None) -> bool:
+    "Whether a JPEG of this size may be halved at least once, and is large enough that it pays."
+    return bool(min_side) and min(size) >= 2 * min_side and size[0] * size[1] > DRAFT_PIXELS
+
+
+def _draft(picture: Image.Image, max_side: int | None, min_side: int | None) -> None:
+    "Ask the JPEG decoder for 1/2, 1/4 or 1/8 of the size where that is enough; other formats ignore it."
+    if max_side and not min_side:  # twice the target, so that the final resize has something to average
+        min_side = math.ceil(2 * max_side * min(picture.size) / max(picture.size))
+    if _drafts(picture.size, min_side):
+        picture.draft(None, (min_side, min_side))
+
+# %% ../../nbs/01c_pictures.ipynb #0610241e
+def _reason(error: Exception) -> str:
+    "Why a picture cannot be read, and what to do."
+    if isinstance(error, UnidentifiedImageError):
+        return f"not a picture in a known format ({', '.join(FORMATS)}); convert it or drop the item"
+    if isinstance(error, Image.DecompressionBombError):
+        return f"too large to decode safely (more than {MAX_PIXELS:,} pixels); shrink the picture or drop the item"
+    text = str(error) or type(error).__name__
+    return f"broken picture ({text}); fetch it again or drop the item"
 
 # %% ../../nbs/01c_pictures.ipynb #47f8547e
 def read_pixels(
@@ -155,7 +161,7 @@ def _jpeg_decoder() -> Callable | None:
     except (ImportError, AttributeError, RuntimeError):
         return None
 
-# %% ../../nbs/01c_pictures.ipynb #acfe4a33
+# %% ../../nbs/01c_pictures.ipynb #2ac1095c
 def _jpeg_header(data: bytearray) -> tuple[int, int] | None:
     "Width and height of a greyscale or three-colour JPEG of ordinary size, else None."
     at = 2
@@ -168,16 +174,11 @@ def _jpeg_header(data: bytearray) -> tuple[int, int] | None:
         at += 1 if marker == 0xFF else 2 + length
     return None
 
-
-def _drafts(size: tuple[int, int], min_side: int | None) -> bool:
-    "Whether Pillow's decoder may halve a picture of this size at least once."
-    return bool(min_side) and min(size) >= 2 * min_side
-
-# %% ../../nbs/01c_pictures.ipynb #b717d0f4
+# %% ../../nbs/01c_pictures.ipynb #e8a82158
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-
+# %% ../../nbs/01c_pictures.ipynb #a4ab4a7d
 class _TwoStages:
     "What a picture transform does: `pixels` for each picture in a worker, `finish` for a whole batch."
 
@@ -215,6 +216,20 @@ class PictureTransform(_TwoStages):
         _check_transform(self)
         self.pixels = v2.Compose(_train_steps(self) if self.train else _still_steps(self))
         self.min_side = math.ceil(self.size / (math.sqrt(self.scale[0]) if self.train else self.crop))
+
+# %% ../../nbs/01c_pictures.ipynb #6e44c5d9
+def picture_transform(
+    size: int,  # side of the square that the model sees, in pixels
+    train: bool = False,  # random views for training; False: the same view each time
+    crop: float = 1.0,  # without `train`: how much of the shorter side to keep
+    scale: tuple[float, float] = (0.35, 1.0),  # with `train`: smallest and largest share of the area
+    flip: float = 0.5,  # with `train`: how often to mirror; 0 where text on the pack matters
+    jitter: float = 0.0,  # with `train`: how far brightness, contrast and saturation may move
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+) -> PictureTransform:
+    "The transform between a picture and a model, on torchvision's v2 transforms."
+    return PictureTransform(size, train, crop, tuple(scale), flip, jitter, tuple(mean), tuple(std))
 
 # %% ../../nbs/01c_pictures.ipynb #95e1c0c4
 class CentralSquare(v2.Transform):
@@ -258,20 +273,6 @@ def _check_transform(t: PictureTransform) -> None:
             expected = "at least 1" if name == "size" else "a positive number" if name == "std" else "between 0 and 1"
             raise InputError(f"picture_transform: {name}={getattr(t, name)!r}; expected {expected}")
 
-# %% ../../nbs/01c_pictures.ipynb #6e44c5d9
-def picture_transform(
-    size: int,  # side of the square that the model sees, in pixels
-    train: bool = False,  # random views for training; False: the same view each time
-    crop: float = 1.0,  # without `train`: how much of the shorter side to keep
-    scale: tuple[float, float] = (0.35, 1.0),  # with `train`: smallest and largest share of the area
-    flip: float = 0.5,  # with `train`: how often to mirror; 0 where text on the pack matters
-    jitter: float = 0.0,  # with `train`: how far brightness, contrast and saturation may move
-    mean: Sequence[float] = IMAGENET_MEAN,
-    std: Sequence[float] = IMAGENET_STD,
-) -> PictureTransform:
-    "The transform between a picture and a model, on torchvision's v2 transforms."
-    return PictureTransform(size, train, crop, tuple(scale), flip, jitter, tuple(mean), tuple(std))
-
 # %% ../../nbs/01c_pictures.ipynb #560c3ea7
 @dataclass
 class Batch:
@@ -289,119 +290,6 @@ class Batch:
     def to(self, device: Any) -> Batch:
         "The same batch with its tensors on a device."
         return Batch(self.pixels.to(device), self.titles, self.item_ids, self.rows.to(device), self.index)
-
-# %% ../../nbs/01c_pictures.ipynb #527f9cce
-def item_seed(seed: int, epoch: int, row: int) -> int:
-    "A number of 63 bits that depends on all three and looks random (the finisher of SplitMix64)."
-    x = (seed * 0x9E3779B97F4A7C15 + epoch * 0xBF58476D1CE4E5B9 + row * 0x94D049BB133111EB) % 2**64
-    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64
-    x = (x ^ x >> 27) * 0x94D049BB133111EB % 2**64
-    return (x ^ x >> 31) >> 1
-
-# %% ../../nbs/01c_pictures.ipynb #48a92027
-@contextmanager
-def _private_randomness() -> Iterator[None]:
-    "Whatever is drawn inside leaves the generators outside as they were."
-    state, python, numpy = torch.default_generator.get_state(), random.getstate(), np.random.get_state()
-    try:
-        yield
-    finally:
-        torch.default_generator.set_state(state)
-        random.setstate(python)
-        np.random.set_state(numpy)
-
-
-def _seed_all(seed: int) -> None:
-    "Seed every generator that a transform of somebody else may draw from."
-    torch.default_generator.manual_seed(seed)
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-
-# %% ../../nbs/01c_pictures.ipynb #639e8ddc
-def decode_batch(
-    paths: Sequence[str],
-    seeds: Sequence[int],  # one for each picture
-    transform: Callable,
-) -> tuple[torch.Tensor, list[int], list[tuple[int, str]]]:  # pixels, positions read, (position, reason) of the others
-    "One task of a worker: read, transform and stack a whole batch."
-    pictures, kept, failed = [], [], []
-    with _private_randomness():
-        for position, (path, seed) in enumerate(zip(paths, seeds, strict=True)):
-            try:
-                pictures.append(_one_picture(path, seed, transform))
-                kept.append(position)
-            except ImageError as error:
-                failed.append((position, str(error)))
-    return _stack(pictures, [paths[k] for k in kept]), kept, failed
-
-# %% ../../nbs/01c_pictures.ipynb #3a8e7539
-def _one_picture(path: str, seed: int, transform: Callable) -> torch.Tensor:
-    "Read and transform one picture with randomness of its own."
-    if isinstance(transform, PictureTransform):
-        picture = read_pixels(path, transform.min_side)
-        torch.default_generator.manual_seed(seed)
-        return transform.pixels(picture)
-    picture = read_image(path)
-    _seed_all(seed)
-    return transform(picture)
-
-
-def _stack(pictures: list, paths: list[str]) -> torch.Tensor:
-    "[batch, ...]; names the picture whose shape differs."
-    for picture, path in zip(pictures, paths, strict=True):
-        if not isinstance(picture, torch.Tensor):
-            raise InputError(f"{path}: the transform returned {type(picture).__name__}; expected a tensor")
-        if picture.shape != pictures[0].shape:
-            shapes = f"{tuple(picture.shape)} after {tuple(pictures[0].shape)}"
-            raise InputError(f"{path}: the transform returned shape {shapes}; resize to one fixed size")
-    return torch.stack(pictures) if pictures else torch.empty(0)
-
-# %% ../../nbs/01c_pictures.ipynb #3ab38eaa
-class _Tasks(torch.utils.data.Dataset):
-    "Runs in the workers: a task carries all it needs, so a worker holds no catalogue."
-
-    def __init__(self, transform: Callable):
-        self.transform = transform
-
-    def __getitem__(self, task: tuple[list[str], list[int]]) -> Any:
-        try:
-            return decode_batch(*task, self.transform)
-        except InputError as error:  # an exception would arrive wrapped in a traceback
-            return str(error)
-
-# %% ../../nbs/01c_pictures.ipynb #1bcda00b
-class WorkerError(RuntimeError):
-    "A worker process died."
-
-
-@contextmanager
-def _watch_workers() -> Iterator[None]:
-    "torch notices a dead worker by its signal, wherever this process happens to be; say what it means."
-    try:
-        yield
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error) or "Caught" in str(error):
-            raise
-        advice = "often out of memory; use fewer workers or a smaller batch_size, or workers=0 to see the cause"
-        raise WorkerError(f"a worker that decodes pictures died ({str(error).splitlines()[0]}); {advice}") from None
-
-
-def _in_workers(tasks: Any, transform: Callable, workers: int, start: str) -> Iterator[Any]:
-    "The results of `decode_batch`, in order, computed in worker processes."
-    own = torch.Generator()  # else torch draws from the global generator, and results depend on `workers`
-    options: dict[str, Any] = {"num_workers": workers, "multiprocessing_context": start, "batch_size": None}
-    return iter(torch.utils.data.DataLoader(_Tasks(transform), sampler=tasks, generator=own, **options))
-
-# %% ../../nbs/01c_pictures.ipynb #3493d167
-def _default_workers(pictures: int) -> int:
-    "None for a small catalogue, else one for each processor core that this process may use, at most 8."
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return 0 if pictures < 256 else min(8, cores)
-
-
-def _default_start() -> str:
-    "fork on Linux: starts in milliseconds and shares memory; elsewhere a fresh interpreter."
-    return "fork" if sys.platform == "linux" else "spawn"
 
 # %% ../../nbs/01c_pictures.ipynb #2a555677
 class _Epochs:
@@ -449,6 +337,16 @@ class PictureLoader(_Epochs):
         self.start = self.start or _default_start()
         _check_loader(self)
 
+# %% ../../nbs/01c_pictures.ipynb #0b890730
+def plan_epoch(loader: PictureLoader, epoch: int) -> list[np.ndarray]:
+    "The row numbers of every batch: a function of catalogue size, seed and epoch only."
+    rows = np.arange(len(loader.catalog.frame))
+    if loader.shuffle:
+        rows = np.random.default_rng([loader.seed, epoch]).permutation(rows)
+    batches = [rows[k : k + loader.batch_size] for k in range(0, len(rows), loader.batch_size)]
+    which, of = loader.shard
+    return [np.array_split(batch, of)[which] for batch in batches[: len(loader)]]
+
 # %% ../../nbs/01c_pictures.ipynb #004b289b
 def _check_loader(loader: PictureLoader) -> None:
     "Refuse settings that cannot work."
@@ -466,17 +364,122 @@ def _count_batches(loader: PictureLoader) -> int:
     full, rest = divmod(len(loader.catalog.frame), loader.batch_size)
     return full + (rest > 0 and not loader.drop_last)
 
-# %% ../../nbs/01c_pictures.ipynb #0b890730
-def plan_epoch(loader: PictureLoader, epoch: int) -> list[np.ndarray]:
-    "The row numbers of every batch: a function of catalogue size, seed and epoch only."
-    rows = np.arange(len(loader.catalog.frame))
-    if loader.shuffle:
-        rows = np.random.default_rng([loader.seed, epoch]).permutation(rows)
-    batches = [rows[k : k + loader.batch_size] for k in range(0, len(rows), loader.batch_size)]
-    which, of = loader.shard
-    return [np.array_split(batch, of)[which] for batch in batches[: len(loader)]]
+# %% ../../nbs/01c_pictures.ipynb #3493d167
+def _default_workers(pictures: int) -> int:
+    "None for a small catalogue, else one for each processor core that this process may use, at most 8."
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return 0 if pictures < 256 else min(8, cores)
 
-# %% ../../nbs/01c_pictures.ipynb #228f6389
+
+def _default_start() -> str:
+    "fork on Linux: starts in milliseconds and shares memory; elsewhere a fresh interpreter."
+    return "fork" if sys.platform == "linux" else "spawn"
+
+# %% ../../nbs/01c_pictures.ipynb #527f9cce
+def item_seed(seed: int, epoch: int, row: int) -> int:
+    "A number of 63 bits that depends on all three and looks random (the finisher of SplitMix64)."
+    x = (seed * 0x9E3779B97F4A7C15 + epoch * 0xBF58476D1CE4E5B9 + row * 0x94D049BB133111EB) % 2**64
+    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    x = (x ^ x >> 27) * 0x94D049BB133111EB % 2**64
+    return (x ^ x >> 31) >> 1
+
+# %% ../../nbs/01c_pictures.ipynb #cb2cea15
+@contextmanager
+def _private_randomness() -> Iterator[None]:
+    "Whatever is drawn inside leaves the generators outside as they were."
+    state, python, numpy = torch.default_generator.get_state(), random.getstate(), np.random.get_state()
+    try:
+        yield
+    finally:
+        torch.default_generator.set_state(state)
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+# %% ../../nbs/01c_pictures.ipynb #d8b1192a
+def _seed_all(seed: int) -> None:
+    "Seed every generator that a transform of somebody else may draw from."
+    torch.default_generator.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+
+# %% ../../nbs/01c_pictures.ipynb #639e8ddc
+def decode_batch(
+    paths: Sequence[str],
+    seeds: Sequence[int],  # one for each picture
+    transform: Callable,
+) -> tuple[torch.Tensor, list[int], list[tuple[int, str]]]:  # pixels, positions read, (position, reason) of the others
+    "One task of a worker: read, transform and stack a whole batch."
+    pictures, kept, failed = [], [], []
+    with _private_randomness():
+        for position, (path, seed) in enumerate(zip(paths, seeds, strict=True)):
+            try:
+                pictures.append(_one_picture(path, seed, transform))
+                kept.append(position)
+            except ImageError as error:
+                failed.append((position, str(error)))
+    return _stack(pictures, [paths[k] for k in kept]), kept, failed
+
+# %% ../../nbs/01c_pictures.ipynb #c0cc6329
+def _one_picture(path: str, seed: int, transform: Callable) -> torch.Tensor:
+    "Read and transform one picture with randomness of its own."
+    if isinstance(transform, PictureTransform):
+        picture = read_pixels(path, transform.min_side)
+        torch.default_generator.manual_seed(seed)
+        return transform.pixels(picture)
+    picture = read_image(path)
+    _seed_all(seed)
+    return transform(picture)
+
+# %% ../../nbs/01c_pictures.ipynb #7201b317
+def _stack(pictures: list, paths: list[str]) -> torch.Tensor:
+    "[batch, ...]; names the picture whose shape differs."
+    for picture, path in zip(pictures, paths, strict=True):
+        if not isinstance(picture, torch.Tensor):
+            raise InputError(f"{path}: the transform returned {type(picture).__name__}; expected a tensor")
+        if picture.shape != pictures[0].shape:
+            shapes = f"{tuple(picture.shape)} after {tuple(pictures[0].shape)}"
+            raise InputError(f"{path}: the transform returned shape {shapes}; resize to one fixed size")
+    return torch.stack(pictures) if pictures else torch.empty(0)
+
+# %% ../../nbs/01c_pictures.ipynb #3ab38eaa
+class _Tasks(torch.utils.data.Dataset):
+    "Runs in the workers: a task carries all it needs, so a worker holds no catalogue."
+
+    def __init__(self, transform: Callable):
+        self.transform = transform
+
+    def __getitem__(self, task: tuple[list[str], list[int]]) -> Any:
+        try:
+            return decode_batch(*task, self.transform)
+        except InputError as error:  # an exception would arrive wrapped in a traceback
+            return str(error)
+
+# %% ../../nbs/01c_pictures.ipynb #e441fdb3
+class WorkerError(RuntimeError):
+    "A worker process died."
+
+
+@contextmanager
+def _watch_workers() -> Iterator[None]:
+    "torch notices a dead worker by its signal, wherever this process happens to be; say what it means."
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error) or "Caught" in str(error):
+            raise
+        advice = "often out of memory; use fewer workers or a smaller batch_size, or workers=0 to see the cause"
+        raise WorkerError(f"a worker that decodes pictures died ({str(error).splitlines()[0]}); {advice}") from None
+
+# %% ../../nbs/01c_pictures.ipynb #beaed0dd
+def _in_workers(tasks: Any, transform: Callable, workers: int, start: str) -> Iterator[Any]:
+    "The results of `decode_batch`, in order, computed in worker processes."
+    if start == "forkserver":  # the server imports once, and every worker is a copy of it
+        multiprocessing.set_forkserver_preload(["product_retrieval.data.pictures"])
+    own = torch.Generator()  # else torch draws from the global generator, and results depend on `workers`
+    options: dict[str, Any] = {"num_workers": workers, "multiprocessing_context": start, "batch_size": None}
+    return iter(torch.utils.data.DataLoader(_Tasks(transform), sampler=tasks, generator=own, **options))
+
+# %% ../../nbs/01c_pictures.ipynb #7bafe436
 def _task(loader: PictureLoader, epoch: int, rows: np.ndarray) -> tuple[list[str], list[int]]:
     "Paths and seeds of one batch."
     images = loader.catalog.frame["image"].take(rows)
@@ -492,7 +495,7 @@ def _results(loader: PictureLoader, epoch: int, plan: list[np.ndarray]) -> Itera
         return (decode_batch(*_task(loader, epoch, rows), loader.transform) for rows in plan)
     return _in_workers(_LazyTasks(loader, epoch, plan), loader.transform, min(loader.workers, len(plan)), loader.start)
 
-
+# %% ../../nbs/01c_pictures.ipynb #7860bfc5
 @dataclass
 class _LazyTasks:
     "The tasks of an epoch, each made when a worker is free."
@@ -507,10 +510,10 @@ class _LazyTasks:
     def __iter__(self) -> Iterator:
         return (_task(self.loader, self.epoch, rows) for rows in self.plan)
 
-# %% ../../nbs/01c_pictures.ipynb #eab8b53b
+# %% ../../nbs/01c_pictures.ipynb #04ed3604
 def _batches(loader: PictureLoader, epoch: int, first: int) -> Iterator[Batch]:
     "Batches from number `first` on; what was skipped is reported when the pass ends or is broken off."
-    plan, before = plan_epoch(loader, epoch)[first:], len(loader._skipped)
+    plan, before, results = plan_epoch(loader, epoch)[first:], len(loader._skipped), iter(())
     try:
         with _watch_workers():
             results = _results(loader, epoch, plan)
@@ -519,9 +522,18 @@ def _batches(loader: PictureLoader, epoch: int, first: int) -> Iterator[Batch]:
                 if len(batch):
                     yield batch
     finally:
+        _stop_workers(results)
         _report_skipped(loader, before)
 
-# %% ../../nbs/01c_pictures.ipynb #4c1640c8
+# %% ../../nbs/01c_pictures.ipynb #ff84bd04
+def _stop_workers(results: Iterator) -> None:
+    "Stop them now and not when Python finds the time: torch goes on shouting about a dead worker until then."
+    try:
+        getattr(results, "_shutdown_workers", lambda: None)()
+    except RuntimeError:  # the dead worker once more
+        pass
+
+# %% ../../nbs/01c_pictures.ipynb #5cad8c02
 def _make_batch(loader: PictureLoader, rows: np.ndarray, index: int, result: Any) -> Batch:
     "Titles and ids join the pictures; failures are noted."
     if isinstance(result, str):
@@ -534,7 +546,7 @@ def _make_batch(loader: PictureLoader, rows: np.ndarray, index: int, result: Any
     titles, ids = frame["title"].take(rows).tolist(), frame["item_id"].take(rows).tolist()
     return Batch(finish(pixels) if len(rows) else pixels, titles, ids, torch.from_numpy(rows), index)
 
-
+# %% ../../nbs/01c_pictures.ipynb #9eba0820
 def _report_skipped(loader: PictureLoader, before: int) -> None:
     "One line on the error stream when pictures were skipped for the first time."
     if len(loader._skipped) > before:
