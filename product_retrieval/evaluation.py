@@ -222,16 +222,16 @@ def ndcg(hits: np.ndarray, counts: np.ndarray, k: int | None = None) -> np.ndarr
     ideal = np.concatenate([[0], np.cumsum(1 / np.log2(np.arange(2, most + 2)))])
     return _share(gained, ideal[np.minimum(counts, most)])
 
-# %% ../nbs/03a_evaluation.ipynb #9bc1af04
+# %% ../nbs/03a_evaluation.ipynb #d8656651
 def r_precision(hits: np.ndarray, counts: np.ndarray) -> np.ndarray:
     "Precision at R, where R is the query's own number of positives."
-    query, rank, _ = _found(hits)
+    query, rank, _ = _found(hits, int(counts.max(initial=0)))
     return _share(np.bincount(query[rank <= counts[query]], minlength=len(hits)), counts)
 
 
 def map_at_r(hits: np.ndarray, counts: np.ndarray) -> np.ndarray:
     "Average precision over the first R places, divided by R."
-    query, rank, nth = _found(hits)
+    query, rank, nth = _found(hits, int(counts.max(initial=0)))
     inside = rank <= counts[query]
     total = np.bincount(query[inside], weights=(nth / rank)[inside], minlength=len(hits))
     return _share(total, counts)
