@@ -58,7 +58,7 @@ LIP_SILHOUETTES = {
                Part("pack", _tube(8, 75, 5), label=True), Part("metal", _tube(0, 8, 5.2))),
 }
 
-# %% ../../nbs/02b_packs.ipynb #308d0f25
+# %% ../../nbs/02b_packs.ipynb #83c20485
 FACE_SILHOUETTES = {
     "palette": (Part("cap", _tube(50, 100, 48), 0), Part("mirror", _tube(54, 97, 44), 0),
                 Part("pack", _tube(0, 50, 48), 0), Part("pans", _tube(4, 47, 44), 0)),
@@ -67,18 +67,20 @@ FACE_SILHOUETTES = {
     "pan": (Part("pack", _disc(0, 100), 0), Part("pans", _disc(9, 91), 0), Part("clear", _disc(9, 91), 0, label=True)),
     "foundation": (Part("goods", _tube(2, 59, 17), 6), Part("clear", ((0, 18), (2, 20), (56, 20), (61, 17), (64, 8)), 6, True),
                    Part("metal", _tube(63, 69, 8)), Part("cap", _tube(68, 100, 9.5))),
-    "polish": (Part("goods", ((2, 19), (36, 19), (44, 13))), Part("clear", ((0, 20), (3, 22), (36, 22), (46, 15), (52, 8)), 3, True),
+    "polish": (Part("goods", ((2, 19), (36, 19), (44, 13))),
+               Part("clear", ((0, 20), (3, 22), (36, 22), (46, 15), (52, 8)), 3, True),
                Part("cap", _tube(50, 100, 9.5, 7))),
 }
 
-# %% ../../nbs/02b_packs.ipynb #7c7eea1d
+# %% ../../nbs/02b_packs.ipynb #9275f5b5
 SKIN_SILHOUETTES = {
     "tube": (Part("pack", ((14, 15.5), (20, 17), (60, 19), (94, 21)), 3, True), Part("pack", _tube(94, 100, 21.3), 0),
              Part("cap", _tube(0, 16, 14.5))),
     "tall": (Part("pack", ((0, 13), (2, 15), (62, 15), (70, 12), (76, 6)), 2, True), Part("cap", _tube(75, 100, 7.5))),
     "square": (Part("pack", ((0, 15), (2, 16.5), (66, 16.5), (71, 14), (74, 7)), 7, True), Part("metal", _tube(73, 77, 7.4)),
                Part("cap", _tube(76, 100, 8.5), 2)),
-    "dropper": (Part("goods", ((2, 15), (48, 15), (54, 10))), Part("clear", ((0, 15), (2, 17), (48, 17), (57, 11), (61, 7)), 2, True),
+    "dropper": (Part("goods", ((2, 15), (48, 15), (54, 10))),
+                Part("clear", ((0, 15), (2, 17), (48, 17), (57, 11), (61, 7)), 2, True),
                 Part("metal", _tube(60, 73, 8.4)), Part("dark", ((73, 5.4), (90, 5), (97, 4), (100, 2)))),
     "jar": (Part("pack", ((0, 58), (6, 63), (52, 65), (58, 60)), 2, True), Part("cap", _tube(56, 100, 66, 66, 4))),
     "slimtube": (Part("pack", ((16, 9), (24, 10.5), (60, 11), (95, 12)), 3, True), Part("pack", _tube(94, 100, 12.2), 0),
@@ -98,35 +100,40 @@ MASK_SILHOUETTES = {
     "tottle": (Part("pack", ((14, 17), (22, 19), (70, 16), (94, 11), (100, 7)), 4, True), Part("cap", _tube(0, 17, 17), 4)),
 }
 
-# %% ../../nbs/02b_packs.ipynb #42d6be42
+# %% ../../nbs/02b_packs.ipynb #f4681bd4
 HAIR_SILHOUETTES = {
     "aerosol": (Part("pack", _tube(0, 78, 11.5), 2, True), Part("metal", ((77, 11.4), (81, 10), (84, 7))),
                 Part("cap", ((82, 9.6), (96, 9.4), (100, 7)))),
     "tin": (Part("metal", _disc(0, 100), 0), Part("pack", _disc(3.5, 96.5), 0, True)),
-    "oil": (Part("goods", ((2, 13), (52, 13), (60, 8))), Part("clear", ((0, 14), (2, 15.5), (52, 15.5), (62, 9), (66, 6)), 2, True),
+    "oil": (Part("goods", ((2, 13), (52, 13), (60, 8))),
+            Part("clear", ((0, 14), (2, 15.5), (52, 15.5), (62, 9), (66, 6)), 2, True),
             Part("dark", _tube(65, 72, 6.5)), Part("dark", _tube(72, 84, 2.2)), Part("cap", _tube(84, 92, 6)),
             Part("cap", _tube(86, 91, 5), 0, False, 7)),
-    "oval": (Part("pack", ((0, 14), (3, 17), (30, 18.5), (62, 15), (78, 11), (82, 8)), 4, True), Part("cap", _tube(81, 100, 9.5))),
+    "oval": (Part("pack", ((0, 14), (3, 17), (30, 18.5), (62, 15), (78, 11), (82, 8)), 4, True),
+             Part("cap", _tube(81, 100, 9.5))),
     "carton": (Part("pack", _tube(0, 100, 78, 78, 0.1), -1, True),),
     "pump": (Part("pack", ((0, 15), (2, 17), (54, 17), (62, 13), (66, 7)), 2, True), Part("cap", _tube(65, 74, 8)),
              Part("cap", _tube(74, 87, 2.4)), Part("cap", _tube(86, 93, 6)), Part("cap", _tube(87.5, 91.5, 6), 0, False, 8)),
 }
 
-# %% ../../nbs/02b_packs.ipynb #f9c4a0d1
+# %% ../../nbs/02b_packs.ipynb #26445bdf
 SCENT_SILHOUETTES = {
     "alutube": (Part("pack", ((12, 12), (18, 14), (60, 14.5), (92, 15.5)), 2.5, True), Part("metal", _tube(92, 100, 15.7), 0),
                 Part("cap", _tube(0, 15, 8.5, 10))),
-    "rollon": (Part("pack", ((0, 13), (3, 16), (30, 16), (50, 18.5), (56, 17)), 2.5, True), Part("cap", ((55, 17), (60, 17.6), (84, 16), (95, 11), (100, 4)))),
+    "rollon": (Part("pack", ((0, 13), (3, 16), (30, 16), (50, 18.5), (56, 17)), 2.5, True),
+               Part("cap", ((55, 17), (60, 17.6), (84, 16), (95, 11), (100, 4)))),
     "flacon": (Part("goods", _tube(5, 58, 27), 9), Part("clear", ((0, 29), (2, 31), (62, 31), (65, 28)), 9, True),
                Part("metal", _tube(64, 72, 7)), Part("cap", _tube(71, 100, 12), 6)),
     "mist": (Part("goods", _tube(1, 66, 10)), Part("clear", ((0, 11), (2, 12), (66, 12), (71, 9)), 2, True),
              Part("metal", _tube(70, 75, 8)), Part("cap", _tube(74, 100, 9.2))),
-    "candle": (Part("white", _tube(3, 70, 38)), Part("clear", _tube(0, 88, 41, 41, 3), 2, True), Part("cap", _tube(86, 100, 42))),
+    "candle": (Part("white", _tube(3, 70, 38)),
+               Part("clear", _tube(0, 88, 41, 41, 3), 2, True), Part("cap", _tube(86, 100, 42))),
     "reed": (Part("dark", ((20, 0.6), (100, 0.6)), 2, False, -7), Part("dark", ((20, 0.6), (96, 0.6)), 2, False, 6),
              Part("dark", ((20, 0.6), (99, 0.6)), 2, False, 0.5), Part("goods", _tube(2, 34, 14), 5),
              Part("clear", ((0, 15), (1.5, 17), (40, 17), (46, 12), (48, 5.5)), 5, True), Part("metal", _tube(47, 52, 6))),
 }
 
+# %% ../../nbs/02b_packs.ipynb #28bc38a7
 SILHOUETTES = {**LIP_SILHOUETTES, **FACE_SILHOUETTES, **SKIN_SILHOUETTES, **MASK_SILHOUETTES, **HAIR_SILHOUETTES,
                **SCENT_SILHOUETTES}
 
@@ -169,7 +176,7 @@ def write_line(draw, text: str, face: str, ink: str, centre: tuple, width: float
     draw.text(centre, text, font=_font(face, size), fill=ink, anchor="mm")
     return _font(face, size).getlength(text)
 
-# %% ../../nbs/02b_packs.ipynb #978f5056
+# %% ../../nbs/02b_packs.ipynb #156d8da8
 def _ring_points(x: float, y: float, radius: float, corners: int, turn: float = 0.0, inner: float = 1.0) -> list:
     "Corners of a regular polygon, or of a star when `inner` is under 1."
     steps = corners if inner == 1.0 else 2 * corners
@@ -181,7 +188,8 @@ def _leaf_points(x: float, y: float, length: float, turn: float, width: float = 
     "A pointed leaf around (x, y)."
     t = np.linspace(0, 2 * np.pi, 24)
     along, across = np.cos(t) * length / 2, np.sin(t) ** 3 * length * width / 2
-    return list(zip(x + along * np.cos(turn) - across * np.sin(turn), y + along * np.sin(turn) + across * np.cos(turn), strict=True))
+    across_x, across_y = -across * np.sin(turn), across * np.cos(turn)
+    return list(zip(x + along * np.cos(turn) + across_x, y + along * np.sin(turn) + across_y, strict=True))
 
 # %% ../../nbs/02b_packs.ipynb #8f52feeb
 def _round(draw, x, y, r, fill=None, outline=None, width=1):
@@ -199,7 +207,11 @@ def draw_waves(draw, x, y, r, colour):
         points = list(zip(x + t * r, y + k * r + 0.18 * r * np.sin(t * 6), strict=True))
         draw.line(points, fill=colour, width=max(int(0.16 * r), 1))
 
-# %% ../../nbs/02b_packs.ipynb #b731566a
+# %% ../../nbs/02b_packs.ipynb #87e3713c
+def _arc(x: float, y: float, r: float, low: float, high: float, steps: int = 20) -> list:
+    "Points of a circle from the angle `low` to `high`."
+    return [(x + r * math.cos(a), y + r * math.sin(a)) for a in np.linspace(low, high, steps)]
+
 def _mark_moon(d, x, y, r, c):
     t = np.linspace(0.6, 2 * np.pi - 0.6, 30)
     outer = [(x + r * np.cos(a), y + r * np.sin(a)) for a in t]
@@ -210,13 +222,14 @@ def _mark_bars(d, x, y, r, c):
         left = x + (k - 1) * 0.65 * r
         d.rectangle((left - 0.22 * r, y - high * r, left + 0.22 * r, y + 0.9 * r), fill=c)
 
-# %% ../../nbs/02b_packs.ipynb #d23ffa73
+# %% ../../nbs/02b_packs.ipynb #6a97778c
 def draw_mark(draw, mark: str, x: float, y: float, r: float, c: str) -> None:
     "A brand's logo around (x, y) with radius `r` in colour `c`."
-    polygons = {"sun": _ring_points(x, y, r, 12, 0, 0.62), "diamond": _ring_points(x, y, r, 4), "star": _ring_points(x, y, r, 5, 0, 0.42),
+    polygons = {"sun": _ring_points(x, y, r, 12, 0, 0.62), "diamond": _ring_points(x, y, r, 4),
+                "star": _ring_points(x, y, r, 5, 0, 0.42),
                 "triangle": _ring_points(x, y + 0.2 * r, r, 3), "hexagon": _ring_points(x, y, r, 6),
                 "leaf": _leaf_points(x, y, 2.2 * r, -0.9, 0.5),
-                "drop": [(x, y - 1.1 * r)] + [(x + 0.7 * r * math.cos(a), y + 0.35 * r + 0.7 * r * math.sin(a)) for a in np.linspace(-0.5, 3.64, 20)]}
+                "drop": [(x, y - 1.1 * r), *_arc(x, y + 0.35 * r, 0.7 * r, -0.5, 3.64)]}
     if mark in polygons:
         draw.polygon(polygons[mark], fill=c)
     if mark in ("ring", "hexagon", "diamond"):
@@ -227,14 +240,14 @@ def draw_mark(draw, mark: str, x: float, y: float, r: float, c: str) -> None:
     if mark == "petals":
         draw_flower(draw, x, y, r, c, 6, c)
 
-# %% ../../nbs/02b_packs.ipynb #f4c6cd6c
+# %% ../../nbs/02b_packs.ipynb #5ab658a4
 def _icon_fruit(draw, icon: str, x, y, r, c):
     if icon == "slice":
         _round(draw, x, y, r, c)
         _round(draw, x, y, 0.78 * r, "#fff6dc")
         for i in range(6):
             a = i * math.pi / 3
-            draw.polygon([(x, y), *[(x + 0.7 * r * math.cos(a + t), y + 0.7 * r * math.sin(a + t)) for t in (-0.4, 0, 0.4)]], fill=c)
+            draw.polygon([(x, y), *_arc(x, y, 0.7 * r, a - 0.4, a + 0.4)], fill=c)
     if icon == "cherry":
         for side in (-1, 1):
             draw.line([(x + 0.1 * r, y - r), (x + side * 0.5 * r, y + 0.4 * r)], fill="#4f7a3a", width=max(int(0.14 * r), 1))
@@ -264,13 +277,14 @@ def draw_icon(draw, icon: str, x: float, y: float, r: float, c: str) -> None:
         for k in (1.0, 0.66, 0.33):
             _round(draw, x, y, k * r, outline=c, width=0.14 * r)
 
-# %% ../../nbs/02b_packs.ipynb #a4e9fc5c
+# %% ../../nbs/02b_packs.ipynb #a48ded12
 def _motif_grid(width: int, height: int, step: float):
     "Centres of a brick-like grid over the label."
     for row, y in enumerate(np.arange(step / 2, height, step)):
         for x in np.arange((row % 2) * step / 2, width + step, step):
             yield float(x), float(y)
 
+# %% ../../nbs/02b_packs.ipynb #f1215307
 def draw_motif(draw, motif: str, width: int, height: int, colour: str, step: float) -> None:
     "An ornament over the whole label."
     if motif in ("dots", "leaves", "petals", "checks"):
@@ -282,12 +296,14 @@ def draw_motif(draw, motif: str, width: int, height: int, colour: str, step: flo
     if motif == "waves":
         t = np.linspace(0, width, 80)
         for y in np.arange(0, height, step * 0.8):
-            draw.line(list(zip(t, y + step * 0.22 * np.sin(t / step * 3.1), strict=True)), fill=colour, width=max(int(step * 0.12), 1))
+            points = list(zip(t, y + step * 0.22 * np.sin(t / step * 3.1), strict=True))
+            draw.line(points, fill=colour, width=max(int(step * 0.12), 1))
     if motif == "rays":
         for a in np.linspace(0, math.pi, 25):
             end = (width / 2 + 2 * height * math.cos(a), height - 2 * height * math.sin(a))
             draw.line([(width / 2, height), end], fill=colour, width=max(int(step * 0.1), 1))
 
+# %% ../../nbs/02b_packs.ipynb #3a226250
 def _motif_item(draw, motif, x, y, step, colour):
     if motif == "dots":
         _round(draw, x, y, step * 0.16, colour)
@@ -315,7 +331,7 @@ class Sheet:
     @property
     def front(self) -> float: return self.right - self.left
 
-# %% ../../nbs/02b_packs.ipynb #f8d1f2cd
+# %% ../../nbs/02b_packs.ipynb #2eb5a854
 def _fade(colour: str, towards: str, share: float) -> str:
     "A colour between two, `share` of the way."
     mixed = rgb(colour) * (1 - share) + rgb(towards) * share
@@ -329,6 +345,7 @@ def _shapes(sheet: Sheet) -> list[tuple[float, float, float, float]]:
               "stripe": (left + 0.05 * front, 0, right - 0.05 * front, h), "frame": (left, 0.06 * h, right, 0.94 * h)}
     return [shapes[sheet.product.line.design]] if sheet.product.line.design in shapes else []
 
+# %% ../../nbs/02b_packs.ipynb #b5ef5716
 def paint_design(sheet: Sheet) -> None:
     "Bands, panels and ornament of the line."
     line, draw, w, h = sheet.product.line, sheet.draw, sheet.width, sheet.height
@@ -343,7 +360,7 @@ def paint_design(sheet: Sheet) -> None:
     if line.design == "diagonal":
         draw.polygon([(0, 0.72 * h), (w, 0.42 * h), (w, h), (0, h)], fill=line.second)
 
-# %% ../../nbs/02b_packs.ipynb #d7a06cfb
+# %% ../../nbs/02b_packs.ipynb #023f4523
 def _papers(sheet: Sheet) -> tuple[str, str]:
     "Colours under the upper and the lower half of the text."
     line = sheet.product.line
@@ -359,13 +376,14 @@ def _has_sticker(line) -> bool:
     "Whether a glass pack of this line wears a paper label; the others are printed on the glass."
     return line.design not in ("minimal", "diagonal", "band", "ombre")
 
+# %% ../../nbs/02b_packs.ipynb #84ccf61c
 def goods_colour(product: Product) -> str:
     "Colour of what is inside: the shade, a tint of the scent, or of the line."
     if product.number:
         return product.colours[0]
     return _fade(product.colours[0] if product.icon else product.line.second, "#ffffff", 0.45)
 
-# %% ../../nbs/02b_packs.ipynb #95f3c7a2
+# %% ../../nbs/02b_packs.ipynb #ed3662bd
 def print_text(sheet: Sheet) -> None:
     "The label of an upright pack: logo, brand, line, variant and amount, from top to bottom."
     p, h, x, front = sheet.product, sheet.height, sheet.centre, sheet.front
@@ -379,6 +397,7 @@ def print_text(sheet: Sheet) -> None:
     print_variant(sheet, under, lower, big)
     write_line(sheet.draw, f"{p.amount} {p.line.leaf.unit}", "sans-bold", under, (x, 0.88 * h), 0.5 * front, 0.66 * big)
 
+# %% ../../nbs/02b_packs.ipynb #3ddfebec
 def print_wide(sheet: Sheet) -> None:
     "The label of a low pack: brand and line above, variant and amount in one row below."
     p, h, x, front = sheet.product, sheet.height, sheet.centre, sheet.front
@@ -393,7 +412,7 @@ def print_wide(sheet: Sheet) -> None:
         low = Sheet(sheet.draw, sheet.width, sheet.height, x - 0.37 * front, x + 0.13 * front, p, sheet.glass)
         print_variant(low, under, lower, 0.2 * h, row=0.74 * h)
 
-# %% ../../nbs/02b_packs.ipynb #a0609cb2
+# %% ../../nbs/02b_packs.ipynb #dbc2b1b8
 def print_variant(sheet: Sheet, ink: str, paper: str, big: float, row: float | None = None) -> None:
     "What tells one variant from the next: a bar with a word, or a swatch or icon with its word below or, in a row, beside."
     p, h, x, front = sheet.product, sheet.height, sheet.centre, sheet.front
@@ -408,6 +427,7 @@ def print_variant(sheet: Sheet, ink: str, paper: str, big: float, row: float | N
         text = (x, y + 1.95 * r) if row is None else (x + 0.16 * front, y)
         write_line(sheet.draw, words, "sans-bold", ink, text, 0.76 * front if row is None else 0.6 * front, 0.72 * big)
 
+# %% ../../nbs/02b_packs.ipynb #ce746697
 def _spot(sheet: Sheet, x: float, y: float, r: float, paper: str) -> None:
     "The icon of a scent on a white disc, or the swatch of a shade."
     p = sheet.product
@@ -418,9 +438,10 @@ def _spot(sheet: Sheet, x: float, y: float, r: float, paper: str) -> None:
     wide = 2 * r / len(p.colours)
     for i, colour in enumerate(p.colours):
         sheet.draw.rectangle((x - r + i * wide, y - r * 0.8, x - r + (i + 1) * wide, y + 0.8 * r), fill=colour)
-    sheet.draw.rectangle((x - r, y - 0.8 * r, x + r, y + 0.8 * r), outline=readable("#ffffff", paper), width=max(int(0.12 * r), 1))
+    rim, line = readable("#ffffff", paper), max(int(0.12 * r), 1)
+    sheet.draw.rectangle((x - r, y - 0.8 * r, x + r, y + 0.8 * r), outline=rim, width=line)
 
-# %% ../../nbs/02b_packs.ipynb #338b3998
+# %% ../../nbs/02b_packs.ipynb #41dd5df0
 def _paper_image(product: Product, size: tuple[int, int], glass: bool) -> Image.Image:
     "An unprinted label: clear on glass, the pack's colour elsewhere, running into the second colour for `ombre`."
     line = product.line
@@ -431,6 +452,7 @@ def _paper_image(product: Product, size: tuple[int, int], glass: bool) -> Image.
         image.paste(line.second, (0, 0), Image.linear_gradient("L").resize(size))
     return image
 
+# %% ../../nbs/02b_packs.ipynb #20a0677e
 @functools.lru_cache(maxsize=512)
 def label_texture(product: Product, aspect: float, pixels: int, sideways: bool, glass: bool) -> np.ndarray:
     "The printed label unrolled, RGBA in 0..1, twice as wide as the front; tall thin packs are printed sideways."
@@ -444,7 +466,7 @@ def label_texture(product: Product, aspect: float, pixels: int, sideways: bool, 
         image = image.rotate(90, expand=True)
     return np.asarray(image, np.float32) / 255
 
-# %% ../../nbs/02b_packs.ipynb #cc042479
+# %% ../../nbs/02b_packs.ipynb #22551eff
 def _print(sheet: Sheet, sideways: bool) -> None:
     "Design and text; on glass a paper label at most."
     w, h = sheet.front, sheet.height
@@ -460,6 +482,7 @@ def _print(sheet: Sheet, sideways: bool) -> None:
     else:
         print_text(sheet)
 
+# %% ../../nbs/02b_packs.ipynb #67deb692
 def print_sideways(sheet: Sheet) -> None:
     "One row along the pack: logo, brand, swatch, variant; a coloured end for some designs."
     p, w, y, big = sheet.product, sheet.width, sheet.height / 2, 0.23 * sheet.height
@@ -473,7 +496,7 @@ def print_sideways(sheet: Sheet) -> None:
     words = f"{p.number} {p.variant}" if p.number else p.variant or f"{p.amount} {line.leaf.unit}"
     write_line(sheet.draw, words, "sans-bold", ink, (0.85 * w, y), 0.22 * w, 0.8 * big)
 
-# %% ../../nbs/02b_packs.ipynb #5bfe4015
+# %% ../../nbs/02b_packs.ipynb #31792026
 @functools.lru_cache(maxsize=128)
 def pans_texture(product: Product, round_pan: bool, pixels: int) -> np.ndarray:
     "The pressed powder in a compact or palette: RGB in 0..1."
@@ -481,7 +504,10 @@ def pans_texture(product: Product, round_pan: bool, pixels: int) -> np.ndarray:
     draw, colours = ImageDraw.Draw(image), product.colours
     if round_pan:
         draw.rectangle((0, 0, pixels, pixels), fill=colours[0])
-        draw_mark(draw, product.line.brand.mark, pixels / 2, pixels / 2, 0.2 * pixels, _fade(colours[0], "#000000", 0.1))
+        ink, words = _fade(colours[0], "#000000", 0.45), f"{product.number} {product.variant}"
+        draw_mark(draw, product.line.brand.mark, pixels / 2, 0.36 * pixels, 0.13 * pixels, _fade(colours[0], "#000000", 0.15))
+        if not any(part.label for part in SILHOUETTES[product.line.leaf.silhouette]):
+            write_line(draw, words, "sans-bold", ink, (pixels / 2, 0.62 * pixels), 0.62 * pixels, 0.13 * pixels)
         return np.asarray(image, np.float32) / 255
     for i, colour in enumerate(colours):
         left, top = (i + 0.08) * pixels / len(colours), 0.08 * pixels
@@ -509,7 +535,7 @@ def section(u: np.ndarray, power: float) -> np.ndarray:
         return np.where(u < 0.45, (u + 1) / 1.45, (1 - u) / 0.55).clip(0, 1) * 0.7
     return (1 - a**power) ** (1 / power)
 
-# %% ../../nbs/02b_packs.ipynb #2c68de5d
+# %% ../../nbs/02b_packs.ipynb #6325f1cb
 @dataclass
 class Surface:
     "Where a part is seen: per pixel the sideways place, depth, height on the part, and how far the pixel is covered."
@@ -519,6 +545,7 @@ class Surface:
     cover: np.ndarray
     top: np.ndarray  # coverage by the upper face
 
+# %% ../../nbs/02b_packs.ipynb #c534acf9
 def part_window(part: Part, x: np.ndarray, y: np.ndarray, tilt: float) -> tuple[slice, slice]:
     "Rows and columns that a part can cover, so that the rest of the canvas is left alone."
     heights, widths = np.array(part.outline).T
@@ -529,6 +556,7 @@ def part_window(part: Part, x: np.ndarray, y: np.ndarray, tilt: float) -> tuple[
         return slice(0, 0), slice(0, 0)
     return slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
 
+# %% ../../nbs/02b_packs.ipynb #043fc6eb
 def part_surface(part: Part, x: np.ndarray, y: np.ndarray, tilt: float, scale: float) -> Surface:
     "Project one part; `x`, `y` in percent of the pack's height, `scale` pixels per percent."
     heights, widths = np.array(part.outline, np.float32).T
@@ -543,14 +571,16 @@ def part_surface(part: Part, x: np.ndarray, y: np.ndarray, tilt: float, scale: f
     cover = inside * np.clip((level - low) * scale + 0.5, 0, 1) * np.clip((high - level) * scale + 0.5, 0, 1)
     return Surface(u, depth, level, cover, _top_face(part, x, y, tilt, scale, high, widths[-1]))
 
-# %% ../../nbs/02b_packs.ipynb #ff79f229
+# %% ../../nbs/02b_packs.ipynb #327464c7
 def _top_face(part: Part, x, y, tilt, scale, high, width) -> np.ndarray:
     "Coverage by the upper face of a part that is seen from above."
     u = x / width
     near, far = section(u, part.power), section(-u, part.power)
-    band = np.clip((high + tilt * width * far - y) * scale + 0.5, 0, 1) * np.clip((y - high + tilt * width * near) * scale + 0.5, 0, 1)
-    return band * np.clip((width - np.abs(x)) * scale + 0.5, 0, 1)
+    below = np.clip((high + tilt * width * far - y) * scale + 0.5, 0, 1)
+    above = np.clip((y - high + tilt * width * near) * scale + 0.5, 0, 1)
+    return below * above * np.clip((width - np.abs(x)) * scale + 0.5, 0, 1)
 
+# %% ../../nbs/02b_packs.ipynb #91ffe4a7
 def normal_sideways(u: np.ndarray, depth: np.ndarray, power: float) -> np.ndarray:
     "Sideways component of the surface normal, -1..1."
     if power == 0:
@@ -560,8 +590,9 @@ def normal_sideways(u: np.ndarray, depth: np.ndarray, power: float) -> np.ndarra
     across, ahead = np.sign(u) * np.abs(u) ** (power - 1), np.maximum(depth, 1e-3) ** (power - 1)
     return across / np.hypot(across, ahead)
 
-# %% ../../nbs/02b_packs.ipynb #6d14b4cd
-METAL_STRIPS = ((-1, -0.8, -0.55, -0.35, -0.1, 0.2, 0.45, 0.62, 0.8, 1), (0.45, 0.7, 1.25, 0.8, 0.6, 0.85, 0.7, 1.15, 0.75, 0.4))
+# %% ../../nbs/02b_packs.ipynb #c26f07a3
+METAL_STRIPS = ((-1, -0.8, -0.55, -0.35, -0.1, 0.2, 0.45, 0.62, 0.8, 1),
+                (0.45, 0.7, 1.25, 0.8, 0.6, 0.85, 0.7, 1.15, 0.75, 0.4))
 
 def shade(normal: np.ndarray, light: float, finish: str) -> tuple[np.ndarray, np.ndarray]:
     "Brightness and highlight of a surface, by its finish."
@@ -574,6 +605,7 @@ def shade(normal: np.ndarray, light: float, finish: str) -> tuple[np.ndarray, np
     rim = 0.35 * near[0] * np.exp(-(((normal + 0.85 * np.sign(light or 1)) / 0.07) ** 2))
     return bright, strip + rim
 
+# %% ../../nbs/02b_packs.ipynb #f798f780
 def edges(part: Part, surface: Surface, view: View, ribbed: bool) -> np.ndarray:
     "Small light on the upper edge of a part, shadow at its lower edge, a soft gradient on flat ones, ribs on some caps."
     low, high = part.outline[0][0], part.outline[-1][0]
@@ -586,15 +618,17 @@ def edges(part: Part, surface: Surface, view: View, ribbed: bool) -> np.ndarray:
         relief += 0.09 * np.sin(np.arcsin(surface.u) * 26)
     return relief.astype(np.float32)
 
-# %% ../../nbs/02b_packs.ipynb #950a0483
+# %% ../../nbs/02b_packs.ipynb #fbe85a30
 def _finish(part: Part, line) -> str:
     "Which finish a role has."
-    fixed = {"metal": "metal", "clear": "glass", "goods": "gloss", "white": "matte", "dark": "gloss", "mirror": "gloss", "pans": "matte", "seal": "gloss"}
+    fixed = {"metal": "metal", "clear": "glass", "goods": "gloss", "white": "matte", "dark": "gloss", "mirror": "gloss",
+             "pans": "matte", "seal": "gloss"}
     usual = "gloss" if line.finish in ("glass", "metal") else line.finish
     if part.role == "cap" and line.cap == line.brand.metal and line.finish != "matte":
         return "metal"
     return fixed.get(part.role, "metal" if line.finish == "metal" and part.role == "pack" else usual)
 
+# %% ../../nbs/02b_packs.ipynb #04fe8b55
 def _colour(part: Part, product: Product) -> np.ndarray:
     "The plain colour of a part."
     line = product.line
@@ -618,7 +652,7 @@ def _unroll(u: np.ndarray, power: float, yaw: float) -> np.ndarray:
     curve = min(1.0, 2 / power) if power else 0.0
     return (curve * np.arcsin(np.clip(u, -1, 1)) * 2 / np.pi + (1 - curve) * u) + yaw * (curve > 0)
 
-# %% ../../nbs/02b_packs.ipynb #577bffd6
+# %% ../../nbs/02b_packs.ipynb #08266dc4
 def part_colours(part: Part, product: Product, surface: Surface, view: View) -> tuple[np.ndarray, np.ndarray]:
     "Unlit colour and opacity of a part, per pixel: plain, with its label, glass, mirror or powder."
     colour = np.broadcast_to(_colour(part, product), (*surface.u.shape, 3)).copy()
@@ -629,14 +663,15 @@ def part_colours(part: Part, product: Product, surface: Surface, view: View) -> 
         opacity = 0.10 + 0.5 * (1 - surface.depth) ** 2 * (part.power > 0)
     if part.role == "pans":
         size = max(int(view.height * 0.5), 16)
-        colour = _texture_at(np.tile(pans_texture(product, len(product.colours) == 1, size), (1, 2, 1)), surface.u * 1.0 + 1, down)
+        pans = pans_texture(product, len(product.colours) == 1, size)
+        colour = _texture_at(np.tile(pans, (1, 2, 1)), surface.u + 1, down)
     if part.role == "mirror":
         colour = colour * (0.85 + 0.25 * np.sin((surface.u * 1.2 + down) * 3.5))[..., None]
     if part.label:
         colour, opacity = _with_label(part, product, surface, view, colour, opacity, down)
     return colour, opacity
 
-# %% ../../nbs/02b_packs.ipynb #c24cc614
+# %% ../../nbs/02b_packs.ipynb #8397a106
 PIXEL_STEPS = (24, 36, 54, 80, 120, 180, 270, 400, 600, 900)  # label sizes, so that one label serves many pictures
 
 def _with_label(part, product, surface, view, colour, opacity, down):
@@ -650,6 +685,7 @@ def _with_label(part, product, surface, view, colour, opacity, down):
     ink = printed[..., 3:]
     return colour * (1 - ink) + printed[..., :3] * ink, np.maximum(opacity, printed[..., 3])
 
+# %% ../../nbs/02b_packs.ipynb #d2724268
 @functools.lru_cache(maxsize=4096)
 def printed_sideways(product: Product) -> bool:
     "Whether the label runs along the pack: decided by the line, so that all its variants agree."
@@ -657,7 +693,7 @@ def printed_sideways(product: Product) -> bool:
     heights, widths = np.array(part.outline).T
     return bool((heights[-1] - heights[0]) / (2 * np.median(widths) * product.line.slim) > 3.4)
 
-# %% ../../nbs/02b_packs.ipynb #2c742def
+# %% ../../nbs/02b_packs.ipynb #0f738061
 def _over(canvas: np.ndarray, colour: np.ndarray, alpha: np.ndarray) -> None:
     "Lay a colour over the canvas (RGBA, colours multiplied by alpha), in place."
     alpha = alpha[..., None]
@@ -665,6 +701,7 @@ def _over(canvas: np.ndarray, colour: np.ndarray, alpha: np.ndarray) -> None:
     canvas[..., :3] += colour * alpha
     canvas[..., 3:] += alpha
 
+# %% ../../nbs/02b_packs.ipynb #924c5fa9
 def draw_part(canvas: np.ndarray, part: Part, product: Product, x, y, view: View, scale: float) -> None:
     "Draw one part on the canvas: colour, light, highlight, upper face."
     rows, columns = part_window(part, x, y, view.tilt)
@@ -681,13 +718,14 @@ def draw_part(canvas: np.ndarray, part: Part, product: Product, x, y, view: View
         lid = np.clip(_colour(part, product) * 1.08, 0, 1)
         _over(canvas, lid, surface.top * (0.3 if part.role == "clear" else 1.0))
 
-# %% ../../nbs/02b_packs.ipynb #5f8e51f3
+# %% ../../nbs/02b_packs.ipynb #000692ec
 def _taller(height: float, limit: float, tall: float) -> float:
     "Where a height goes when the body below `limit` grows by `tall` and the cap above gives way."
     if height <= limit:
         return height * tall
     return limit * tall + (height - limit) * (100 - limit * tall) / (100 - limit)
 
+# %% ../../nbs/02b_packs.ipynb #f30fc1b9
 @functools.lru_cache(maxsize=4096)
 def fitted_parts(product: Product) -> tuple[Part, ...]:
     "The parts of a product: its silhouette with the proportions of line and variant."
@@ -700,7 +738,8 @@ def fitted_parts(product: Product) -> tuple[Part, ...]:
     moved = [tuple((_taller(h, limit, tall), w * slim) for h, w in p.outline) for p in parts]
     return tuple(Part(p.role, smooth_outline(o), p.power, p.label, p.shift * slim) for p, o in zip(parts, moved, strict=True))
 
-def smooth_outline(outline: tuple, reach: float = 2.4) -> tuple:
+# %% ../../nbs/02b_packs.ipynb #dd4e193b
+def smooth_outline(outline: tuple, reach: float = 6.0) -> tuple:
     "Round the corners of an outline over `reach` percent of the pack's height."
     heights, widths = np.array(outline).T
     if len(outline) > 12 or heights[-1] - heights[0] < 3 * reach:
@@ -712,6 +751,7 @@ def smooth_outline(outline: tuple, reach: float = 2.4) -> tuple:
     soft = np.convolve(padded, np.ones(2 * half + 1) / (2 * half + 1), "valid")
     return tuple(zip(fine.tolist(), np.maximum(soft, 0.2).tolist(), strict=True))
 
+# %% ../../nbs/02b_packs.ipynb #de4f86c2
 def draw_pack(product: Product, view: View = View()) -> Image.Image:
     "A product as seen: an RGBA picture with transparent surroundings, cut to the pack."
     parts = fitted_parts(product)

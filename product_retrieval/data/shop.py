@@ -10,106 +10,93 @@ from dataclasses import dataclass
 import numpy as np
 
 # %% auto #0
-__all__ = ['MAKEUP', 'SKINCARE', 'HAIR_AND_BODY', 'FRAGRANCE', 'LEAVES', 'BRAND_NAMES', 'MARKS', 'FACES', 'LINE_FIRST',
-           'LINE_SECOND', 'LIP', 'SKIN', 'SCENT', 'PALETTES', 'SKIN_TEXT', 'HAIR_TEXT', 'LASH_TEXT', 'SPF_TEXT',
-           'PALETTE', 'DESIGNS', 'MOTIFS', 'NOISE', 'rng_for', 'Leaf', 'Brand', 'Line', 'Product', 'make_brand',
-           'make_line', 'variant_table', 'ShopConfig', 'stock_shop', 'line_products', 'CaptionConfig', 'caption_words',
-           'caption', 'group_caption']
+__all__ = ['MAKEUP', 'SKINCARE', 'HAIR_AND_BODY', 'FRAGRANCE', 'LEAVES', 'BRAND_NAMES', 'MARKS', 'FACES', 'PALETTE', 'DESIGNS',
+           'MOTIFS', 'SERIES_FIRST', 'SERIES_SECOND', 'LIP', 'SKIN', 'PALETTES', 'SCENT', 'TEXTS', 'NOISE', 'rng_for',
+           'Leaf', 'choose_leaves', 'Brand', 'make_brand', 'Line', 'make_line', 'Product', 'variants_of', 'ShopConfig',
+           'line_products', 'stock_shop', 'true_caption', 'CaptionConfig', 'caption', 'group_caption']
 
-# %% ../../nbs/02a_shop.ipynb #a0ac6b2c
-def rng_for(*keys) -> np.random.Generator:
+# %% ../../nbs/02a_shop.ipynb #d8a4d8a2
+def rng_for(*keys: object) -> np.random.Generator:
     "A random generator that depends on `keys` (numbers and words) only, not on what was drawn before."
     return np.random.default_rng([zlib.crc32(str(key).encode()) for key in keys])
 
-# %% ../../nbs/02a_shop.ipynb #72c5a38b
+# %% ../../nbs/02a_shop.ipynb #90b12fde
 @dataclass(frozen=True)
 class Leaf:
     "One leaf category: what stands on one board of the shelf."
     path: str  # "meta/level2/leaf"
-    silhouette: str  # name of the drawing recipe in `data.shelf`
+    silhouette: str  # name of the drawing recipe in `data.packs`
     height: int  # millimetres, of the middle size
-    axis: str  # what tells the variants of a line apart: shade, size, scent, text
+    axis: str  # what tells the variants of a line apart: lip, skin, palette, size, scent, text, spf, hair
     unit: str  # of the printed amount
     amounts: tuple[int, ...]  # printed amounts that exist
     words: tuple[str, ...]  # how captions call it, most usual first
 
-# %% ../../nbs/02a_shop.ipynb #cd8d0d16
+# %% ../../nbs/02a_shop.ipynb #16833b30
 MAKEUP = (
     Leaf("makeup/lips/lipstick", "lipstick", 75, "lip", "g", (3, 4), ("lipstick", "lip colour", "rouge")),
     Leaf("makeup/lips/lip-gloss", "gloss", 105, "lip", "ml", (5, 7), ("lip gloss", "gloss", "lip lacquer")),
     Leaf("makeup/lips/lip-balm", "stick", 68, "scent", "g", (4, 5), ("lip balm", "lip care stick", "balm")),
-    Leaf("makeup/eyes/mascara", "mascara", 120, "text", "ml", (8, 10), ("mascara", "lash mascara", "lash ink")),
-    Leaf("makeup/eyes/eyeshadow-palette", "palette", 75, "palette", "g", (6, 9), ("eyeshadow palette", "eye palette", "shadows")),
+    Leaf("makeup/eyes/mascara", "mascara", 120, "lash", "ml", (8, 10), ("mascara", "lash colour", "lash ink")),
+    Leaf("makeup/eyes/eyeshadow-palette", "palette", 75, "palette", "g", (6, 9), ("eyeshadow palette", "eye palette")),
     Leaf("makeup/eyes/eyeliner", "pencil", 130, "lip", "g", (1, 2), ("eyeliner", "eye pencil", "liner")),
-    Leaf("makeup/face/foundation", "foundation", 115, "skin", "ml", (30, 35), ("foundation", "base makeup", "fluid foundation")),
-    Leaf("makeup/face/compact-powder", "compact", 78, "skin", "g", (9, 12), ("compact powder", "pressed powder", "powder")),
+    Leaf("makeup/face/foundation", "foundation", 115, "skin", "ml", (30, 35), ("foundation", "base makeup")),
+    Leaf("makeup/face/compact-powder", "compact", 78, "skin", "g", (9, 12), ("compact powder", "pressed powder")),
     Leaf("makeup/face/blush", "pan", 60, "lip", "g", (5, 6), ("blush", "rouge powder", "cheek colour")),
     Leaf("makeup/nails/nail-polish", "polish", 72, "lip", "ml", (9, 12), ("nail polish", "nail lacquer", "varnish")),
 )
 
-# %% ../../nbs/02a_shop.ipynb #9a7b03c9
+# %% ../../nbs/02a_shop.ipynb #51b86169
 SKINCARE = (
-    Leaf("skincare/cleanse/face-wash", "tube", 155, "text", "ml", (100, 150), ("face wash", "cleansing foam", "facial cleanser")),
-    Leaf("skincare/cleanse/micellar-water", "tall", 185, "size", "ml", (100, 200, 400, 700), ("micellar water", "cleansing water", "make-up remover")),
+    Leaf("skincare/cleanse/face-wash", "tube", 155, "text", "ml", (100, 150), ("face wash", "cleansing foam")),
+    Leaf("skincare/cleanse/micellar-water", "tall", 185, "size", "ml", (100, 200, 400, 700), ("micellar water", "remover")),
     Leaf("skincare/cleanse/toner", "square", 165, "text", "ml", (150, 200), ("toner", "face lotion", "essence water")),
     Leaf("skincare/treat/serum", "dropper", 105, "text", "ml", (30, 50), ("serum", "ampoule", "concentrate")),
     Leaf("skincare/treat/face-cream", "jar", 55, "text", "ml", (50, 75), ("face cream", "moisturiser", "day cream")),
-    Leaf("skincare/treat/eye-cream", "slimtube", 105, "size", "ml", (10, 15, 20, 30), ("eye cream", "eye gel", "eye contour")),
+    Leaf("skincare/treat/eye-cream", "slimtube", 105, "size", "ml", (10, 15, 20, 30), ("eye cream", "eye gel")),
     Leaf("skincare/masks/sheet-mask", "sachet", 150, "scent", "ml", (20, 25), ("sheet mask", "face mask", "tissue mask")),
     Leaf("skincare/masks/clay-mask", "tub", 70, "text", "ml", (100, 150), ("clay mask", "mud mask", "purifying mask")),
     Leaf("skincare/sun/sunscreen", "flattube", 140, "spf", "ml", (50, 75), ("sunscreen", "sun cream", "uv milk")),
     Leaf("skincare/sun/sun-stick", "sunstick", 80, "spf", "g", (15, 20), ("sun stick", "uv stick", "sunblock stick")),
 )
 
-# %% ../../nbs/02a_shop.ipynb #5fe48ab5
+# %% ../../nbs/02a_shop.ipynb #bb9f8796
 HAIR_AND_BODY = (
     Leaf("haircare/wash/shampoo", "flip", 195, "hair", "ml", (250, 300), ("shampoo", "hair wash", "hair cleanser")),
     Leaf("haircare/wash/conditioner", "tottle", 180, "hair", "ml", (200, 250), ("conditioner", "hair balm", "rinse")),
-    Leaf("haircare/style/hair-spray", "aerosol", 215, "size", "ml", (75, 150, 250, 400), ("hair spray", "hairspray", "styling spray")),
+    Leaf("haircare/style/hair-spray", "aerosol", 215, "size", "ml", (75, 150, 250, 400), ("hair spray", "styling spray")),
     Leaf("haircare/style/hair-wax", "tin", 38, "scent", "g", (75, 100), ("hair wax", "styling wax", "pomade")),
     Leaf("haircare/style/hair-oil", "oil", 135, "scent", "ml", (50, 100), ("hair oil", "oil elixir", "shine oil")),
     Leaf("body/bath/shower-gel", "oval", 190, "scent", "ml", (250, 300), ("shower gel", "body wash", "bath gel")),
     Leaf("body/bath/soap", "carton", 62, "scent", "g", (100, 125), ("soap", "soap bar", "savon")),
-    Leaf("body/care/body-lotion", "pump", 200, "size", "ml", (200, 300, 400, 500), ("body lotion", "body milk", "lotion")),
+    Leaf("body/care/body-lotion", "pump", 200, "size", "ml", (200, 300, 400, 500), ("body lotion", "body milk")),
     Leaf("body/care/hand-cream", "alutube", 135, "scent", "ml", (30, 50), ("hand cream", "hand balm", "hand lotion")),
     Leaf("body/care/deodorant", "rollon", 105, "scent", "ml", (50, 60), ("deodorant", "roll-on", "deo")),
 )
 
-# %% ../../nbs/02a_shop.ipynb #102bb010
+# %% ../../nbs/02a_shop.ipynb #2c2d2684
 FRAGRANCE = (
-    Leaf("fragrance/perfume/eau-de-parfum", "flacon", 105, "size", "ml", (30, 50, 75, 100), ("eau de parfum", "perfume", "fragrance")),
-    Leaf("fragrance/perfume/body-mist", "mist", 185, "scent", "ml", (150, 236), ("body mist", "fragrance mist", "body splash")),
-    Leaf("fragrance/home/scented-candle", "candle", 85, "scent", "g", (160, 200), ("scented candle", "candle", "jar candle")),
-    Leaf("fragrance/home/reed-diffuser", "reed", 205, "scent", "ml", (100, 120), ("reed diffuser", "room diffuser", "scent sticks")),
+    Leaf("fragrance/perfume/eau-de-parfum", "flacon", 105, "size", "ml", (30, 50, 75, 100), ("eau de parfum", "perfume")),
+    Leaf("fragrance/perfume/body-mist", "mist", 185, "scent", "ml", (150, 236), ("body mist", "fragrance mist")),
+    Leaf("fragrance/home/scented-candle", "candle", 85, "scent", "g", (160, 200), ("scented candle", "candle")),
+    Leaf("fragrance/home/reed-diffuser", "reed", 205, "scent", "ml", (100, 120), ("reed diffuser", "room diffuser")),
 )
-
 LEAVES = MAKEUP + SKINCARE + HAIR_AND_BODY + FRAGRANCE
 
-# %% ../../nbs/02a_shop.ipynb #7f60f983
-BRAND_NAMES = ("Lumora", "Velisse", "Orchelle", "Fernhaus", "Kumoha", "Solvane", "Tindra", "Borealab", "Maison Ode", "Petalia",
-               "Ondine", "Calyra", "Nuvelle", "Saffra", "Wildmoor", "Ivora", "Zephine", "Hinoko", "Marlune", "Dr Alder",
-               "Cedra", "Opaline", "Rosmara", "Thalissa")
-MARKS = ("ring", "sun", "leaf", "drop", "diamond", "petals", "moon", "waves", "triangle", "hexagon", "star", "bars")
-FACES = ("sans", "serif", "sans-bold", "serif-bold", "serif-italic", "sans-oblique", "mono")
-LINE_FIRST = ("Velvet", "Aqua", "Silk", "Daily", "Night", "Pure", "Golden", "Cloud", "Wild", "Soft", "Urban", "Royal", "Fresh", "Glow", "Deep",
-              "Petal", "Mineral", "Vital", "Nude", "Crystal")
-LINE_SECOND = ("Bloom", "Veil", "Dew", "Garden", "Theory", "Ritual", "Skin", "Tide", "Muse", "Aura", "Script", "Balance", "Studio", "Charm",
-               "Source", "Touch", "Lab", "Dream", "Code", "Harmony")
-
-# %% ../../nbs/02a_shop.ipynb #a41d33ad
-LIP = (("Rosewood", "#a84a55"), ("Ruby", "#b3122e"), ("Coral", "#e0624f"), ("Berry", "#7d1f48"), ("Nude", "#c98a74"), ("Peony", "#d65a87"),
-       ("Brick", "#96382a"), ("Fuchsia", "#c22a7a"), ("Mauve", "#9c6478"), ("Terracotta", "#b4553a"), ("Plum", "#5c2044"), ("Peach", "#e7957a"))
-SKIN = (("Porcelain", "#f3dccb"), ("Ivory", "#eed0b4"), ("Beige", "#dfb896"), ("Sand", "#d3a47c"), ("Honey", "#c38e61"), ("Caramel", "#a8744a"),
-        ("Chestnut", "#7f5233"), ("Cocoa", "#5b3a27"))
-SCENT = (("Rose", "flower", "#d9657f"), ("Lavender", "sprig", "#8d7cc0"), ("Citrus", "slice", "#eaa62b"), ("Green Tea", "leaf", "#7fa650"),
-         ("Coconut", "nut", "#9b7653"), ("Ocean", "waves", "#3f8fb5"), ("Vanilla", "star", "#d8b46a"), ("Mint", "leaf", "#3fa58c"),
-         ("Cherry", "cherry", "#b3203f"), ("Sandalwood", "rings", "#a0683f"))
-PALETTES = (("Desert", "#e8c7a0 #c98b5c #8c4f36 #4d2c22"), ("Orchid", "#f0d5e3 #c98ab4 #8b4a86 #45264f"), ("Lagoon", "#d8ece8 #7fb5b0 #3b7480 #1f3b4d"),
-            ("Forest", "#e4e6c3 #a3a86a #5f6b3c #2f3a2a"), ("Ember", "#f6d3b0 #e08a52 #b0432f #571f22"), ("Smoke", "#e8e4e2 #a9a2a5 #6a6470 #2d2b33"))
-SKIN_TEXT = ("Dry Skin", "Oily Skin", "Sensitive", "Radiance", "Anti-Age", "Calming")
-HAIR_TEXT = ("Repair", "Volume", "Colour", "Curls", "Smooth", "Anti-Dandruff")
-LASH_TEXT = ("Volume", "Length", "Waterproof", "Curl", "Brown", "Clean")
-SPF_TEXT = ("SPF 15", "SPF 30", "SPF 50", "SPF 50+")
+# %% ../../nbs/02a_shop.ipynb #a71d8b0c
+def choose_leaves(
+    count: int,  # how many
+    seed: int = 0,  # which of them
+) -> list[Leaf]:
+    "`count` leaf categories, spread over the level-2 categories as evenly as possible."
+    order = [LEAVES[i] for i in rng_for(seed, "leaves").permutation(len(LEAVES))]
+    before: dict[str, int] = {}
+    turns = []
+    for leaf in order:
+        level2 = leaf.path.rsplit("/", 1)[0]
+        before[level2] = before.get(level2, -1) + 1
+        turns.append(before[level2])
+    return [order[i] for i in np.argsort(turns, kind="stable")[:count]]
 
 # %% ../../nbs/02a_shop.ipynb #f4be4f3c
 @dataclass(frozen=True)
@@ -123,13 +110,59 @@ class Brand:
     ink: str  # colour of print
     metal: str  # colour of metal parts
 
-# %% ../../nbs/02a_shop.ipynb #ec0fe2cd
+# %% ../../nbs/02a_shop.ipynb #3b89f063
+BRAND_NAMES = ("Lumora", "Velisse", "Orchelle", "Fernhaus", "Kumoha", "Solvane", "Tindra", "Borealab", "Maison Ode",
+               "Petalia", "Ondine", "Calyra", "Nuvelle", "Saffra", "Wildmoor", "Ivora", "Zephine", "Hinoko", "Marlune",
+               "Dr Alder", "Cedra", "Opaline", "Rosmara", "Thalissa")
+MARKS = ("ring", "sun", "leaf", "drop", "diamond", "petals", "moon", "waves", "triangle", "hexagon", "star", "bars")
+FACES = ("sans", "serif", "sans-bold", "serif-bold", "serif-italic", "sans-oblique", "mono")
+PALETTE = ("f3d9d4 c76b74 5a2430 d8a48f", "dfe6d8 6f8f6b 2c3a2b cfd2d6", "1f2a44 c8a25a f6efe0 d9b56c",
+           "f1dfd0 c0633f 4a2318 d8a48f", "e6def0 8a6bb0 3a2a52 cfd2d6", "26262b e9e6e0 f6f4f0 8c8f94",
+           "f4f7f5 2f8f8b 173c3d cfd2d6", "f4e3b5 d49a1f 4a360c d9b56c", "fbe3da ee6f57 55201a d9b56c",
+           "dbe9f1 3d7fae 18344a cfd2d6", "5d1f33 e0b7a0 fbefe6 d9b56c", "1f4b3f d6b36a f3efe0 d9b56c",
+           "f7c6d6 d82f6d 5c0f30 2b2b2e", "e9dfcf 9b7f5c 3a2c1c d8a48f", "cfe8f3 e0a526 1d3f52 cfd2d6",
+           "3c2440 c99bd0 f5ecf7 d8a48f", "d5efe4 35a07f 123c30 cfd2d6", "c9a983 3d2c1e 2a1c10 2b2b2e",
+           "f5ebe8 b76e79 4b2a30 d8a48f", "22409a f2f2f0 ffffff cfd2d6")  # pack, accent, ink, metal
+
+# %% ../../nbs/02a_shop.ipynb #64a61512
+def _hex(hue: float, light: float, saturation: float) -> str:
+    "Colour text from hue, lightness and saturation in 0..1."
+    return "#" + "".join(f"{round(255 * c):02x}" for c in colorsys.hls_to_rgb(hue % 1, light, saturation))
+
+def _turn_hue(colour: str, turn: float) -> str:
+    "A colour with its hue moved by `turn` of the colour circle."
+    red, green, blue = (int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
+    hue, light, saturation = colorsys.rgb_to_hls(red, green, blue)
+    return _hex(hue + turn, light, saturation)
+
+def _syllable_name(rng: np.random.Generator) -> str:
+    "An invented brand name for shops with more brands than the list has."
+    parts = "lumoveorfekusotibopeoncanusawizahimaracegi", "ralinevadorilomitasheno", "lanaresavoneratiamea"
+    picks = [int(rng.integers(len(part) // 2)) for part in parts]
+    return "".join(part[2 * k : 2 * k + 2] for part, k in zip(parts, picks, strict=True)).capitalize()
+
+# %% ../../nbs/02a_shop.ipynb #7908b8dd
+def make_brand(
+    number: int,  # which brand
+    seed: int = 0,  # of which shop
+) -> Brand:
+    "Brand `number` of the shop with this seed."
+    rng = rng_for(seed, "brand", number)
+    order = rng_for(seed, "names").permutation(len(BRAND_NAMES))
+    name = BRAND_NAMES[order[number]] if number < len(order) else _syllable_name(rng)
+    palette = PALETTE[rng_for(seed, "palettes").permutation(len(PALETTE))[number % len(PALETTE)]]
+    turn = rng.uniform(-0.03, 0.03) if number < len(PALETTE) else rng.uniform(0, 1)
+    base, accent, ink, metal = ("#" + colour for colour in palette.split())
+    mark, face = MARKS[number % len(MARKS)], str(rng.choice(FACES))
+    return Brand(name, mark, face, _turn_hue(base, turn), _turn_hue(accent, turn), ink, metal)
+
+# %% ../../nbs/02a_shop.ipynb #b75bc63b
 @dataclass(frozen=True)
 class Line:
-    "A product line: one brand, one leaf category, one design."
+    "A product line: one design in one leaf category."
     brand: Brand
     leaf: Leaf
-    name: str
+    name: str  # of the series
     design: str  # layout of the label
     motif: str  # drawn ornament
     pack: str  # colour of the pack
@@ -140,7 +173,56 @@ class Line:
     tall: float  # height of the body against the silhouette's, the cap gives or takes the rest
     ribs: bool  # ribbed cap
 
-# %% ../../nbs/02a_shop.ipynb #35b96eb1
+# %% ../../nbs/02a_shop.ipynb #5bdbf766
+DESIGNS = ("band", "panel", "stripe", "minimal", "split", "arch", "frame", "diagonal", "ombre")
+MOTIFS = ("none", "dots", "waves", "leaves", "rays", "checks", "petals", "lines")
+SERIES_FIRST = ("Velvet", "Aqua", "Silk", "Daily", "Night", "Pure", "Golden", "Cloud", "Wild", "Soft",
+                "Urban", "Royal", "Fresh", "Glow", "Deep", "Petal", "Mineral", "Vital", "Nude", "Crystal")
+SERIES_SECOND = ("Bloom", "Veil", "Dew", "Garden", "Theory", "Ritual", "Skin", "Tide", "Muse", "Aura",
+                 "Script", "Balance", "Studio", "Charm", "Source", "Touch", "Lab", "Dream", "Code", "Harmony")
+
+def _series_name(brand: str, series: int, seed: int) -> str:
+    "Two words for series `series` of a brand."
+    pair = int(rng_for(seed, "series", brand, series).integers(400))
+    return f"{SERIES_FIRST[pair // 20]} {SERIES_SECOND[pair % 20]}"
+
+# %% ../../nbs/02a_shop.ipynb #1dae6d02
+def make_line(
+    leaf: Leaf,
+    brand: Brand,
+    series: int = 0,  # which of the brand's series
+    seed: int = 0,  # of which shop
+) -> Line:
+    "The line of `brand`'s series in `leaf`: the design belongs to the series, the proportions to the line."
+    rng, own = rng_for(seed, "design", brand.name, series), rng_for(seed, "shape", brand.name, series, leaf.path)
+    white, dark = "#f6f4f0", "#26262b"
+    pack = str(rng.choice([brand.base, white, dark, brand.accent], p=[0.5, 0.25, 0.1, 0.15]))
+    second = str(rng.choice([c for c in (brand.accent, brand.base, brand.metal, white) if c != pack]))
+    cap = str(rng.choice([brand.metal, white, dark, brand.accent, brand.base]))
+    design, motif = str(rng.choice(DESIGNS)), str(rng.choice(MOTIFS))
+    finish = str(rng.choice(["matte", "gloss", "glass", "metal"], p=[0.4, 0.35, 0.15, 0.1]))
+    return Line(brand, leaf, _series_name(brand.name, series, seed), design, motif, pack, second, cap, finish,
+                float(own.uniform(0.86, 1.16)), float(own.uniform(0.86, 1.1)), bool(own.random() < 0.3))
+
+# %% ../../nbs/02a_shop.ipynb #4cc77f10
+LIP = (("Rosewood", "#a84a55"), ("Ruby", "#b3122e"), ("Coral", "#e0624f"), ("Berry", "#7d1f48"), ("Nude", "#c98a74"),
+       ("Peony", "#d65a87"), ("Brick", "#96382a"), ("Fuchsia", "#c22a7a"), ("Mauve", "#9c6478"),
+       ("Terracotta", "#b4553a"), ("Plum", "#5c2044"), ("Peach", "#e7957a"))
+SKIN = (("Porcelain", "#f3dccb"), ("Ivory", "#eed0b4"), ("Beige", "#dfb896"), ("Sand", "#d3a47c"),
+        ("Honey", "#c38e61"), ("Caramel", "#a8744a"), ("Chestnut", "#7f5233"), ("Cocoa", "#5b3a27"))
+PALETTES = (("Desert", "#e8c7a0 #c98b5c #8c4f36 #4d2c22"), ("Orchid", "#f0d5e3 #c98ab4 #8b4a86 #45264f"),
+            ("Lagoon", "#d8ece8 #7fb5b0 #3b7480 #1f3b4d"), ("Forest", "#e4e6c3 #a3a86a #5f6b3c #2f3a2a"),
+            ("Ember", "#f6d3b0 #e08a52 #b0432f #571f22"), ("Smoke", "#e8e4e2 #a9a2a5 #6a6470 #2d2b33"))
+SCENT = (("Rose", "flower", "#d9657f"), ("Lavender", "sprig", "#8d7cc0"), ("Citrus", "slice", "#eaa62b"),
+         ("Green Tea", "leaf", "#7fa650"), ("Coconut", "nut", "#9b7653"), ("Ocean", "waves", "#3f8fb5"),
+         ("Vanilla", "star", "#d8b46a"), ("Mint", "leaf", "#3fa58c"), ("Cherry", "cherry", "#b3203f"),
+         ("Sandalwood", "rings", "#a0683f"))
+TEXTS = {"text": ("Dry Skin", "Oily Skin", "Sensitive", "Radiance", "Anti-Age", "Calming"),
+         "hair": ("Repair", "Volume", "Colour", "Curls", "Smooth", "Anti-Dandruff"),
+         "lash": ("Volume", "Length", "Waterproof", "Curl", "Brown", "Clean"),
+         "spf": ("SPF 15", "SPF 20", "SPF 30", "SPF 50", "SPF 50+")}
+
+# %% ../../nbs/02a_shop.ipynb #2028abe3
 @dataclass(frozen=True)
 class Product:
     "One article: a line in one variant. Its id is the label that training never sees."
@@ -154,171 +236,143 @@ class Product:
     bulk: float  # content against the middle of the line
 
     @property
-    def category(self) -> str: return self.line.leaf.path
-    @property
-    def title(self) -> str: return " ".join(caption_words(self))
+    def category(self) -> str:
+        return self.line.leaf.path
 
-# %% ../../nbs/02a_shop.ipynb #26236125
-def _hex(hue: float, light: float, saturation: float) -> str:
-    "Colour text from hue, lightness and saturation in 0..1."
-    return "#" + "".join(f"{round(255 * c):02x}" for c in colorsys.hls_to_rgb(hue % 1, light, saturation))
-
-def _turn_hue(colour: str, turn: float) -> str:
-    "A colour with its hue moved by `turn` of the colour circle."
-    red, green, blue = (int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
-    hue, light, saturation = colorsys.rgb_to_hls(red, green, blue)
-    return _hex(hue + turn, light, saturation)
-
-def _syllable_name(rng) -> str:
-    "An invented brand name for shops with more brands than the list has."
-    parts = ("lumoveorfekusotibopeoncanusawizahimaracegi", "ralinevadorilomitasheno", "lanaresavoneratiamea")
-    return "".join(part[2 * k : 2 * k + 2] for part in parts for k in [int(rng.integers(len(part) // 2))]).capitalize()
-
-# %% ../../nbs/02a_shop.ipynb #4638e1d1
-PALETTE = ("f3d9d4 c76b74 5a2430 d8a48f", "dfe6d8 6f8f6b 2c3a2b cfd2d6", "1f2a44 c8a25a f6efe0 d9b56c",
-           "f1dfd0 c0633f 4a2318 d8a48f", "e6def0 8a6bb0 3a2a52 cfd2d6", "26262b e9e6e0 f6f4f0 8c8f94",
-           "f4f7f5 2f8f8b 173c3d cfd2d6", "f4e3b5 d49a1f 4a360c d9b56c", "fbe3da ee6f57 55201a d9b56c",
-           "dbe9f1 3d7fae 18344a cfd2d6", "5d1f33 e0b7a0 fbefe6 d9b56c", "1f4b3f d6b36a f3efe0 d9b56c",
-           "f7c6d6 d82f6d 5c0f30 2b2b2e", "e9dfcf 9b7f5c 3a2c1c d8a48f", "cfe8f3 e0a526 1d3f52 cfd2d6",
-           "3c2440 c99bd0 f5ecf7 d8a48f", "d5efe4 35a07f 123c30 cfd2d6", "c9a983 3d2c1e 2a1c10 2b2b2e",
-           "f5ebe8 b76e79 4b2a30 d8a48f", "22409a f2f2f0 ffffff cfd2d6")  # pack, accent, ink, metal
-
-def make_brand(number: int, seed: int = 0) -> Brand:
-    "Brand `number` of the shop with this seed."
-    rng = rng_for(seed, "brand", number)
-    order = rng_for(seed, "names").permutation(len(BRAND_NAMES))
-    name = BRAND_NAMES[order[number]] if number < len(order) else _syllable_name(rng)
-    palette = PALETTE[rng_for(seed, "palettes").permutation(len(PALETTE))[number % len(PALETTE)]]
-    turn = rng.uniform(-0.03, 0.03) if number < len(PALETTE) else rng.uniform(0, 1)
-    base, accent, ink, metal = ("#" + colour for colour in palette.split())
-    return Brand(name, MARKS[number % len(MARKS)], str(rng.choice(FACES)), _turn_hue(base, turn), _turn_hue(accent, turn), ink, metal)
-
-# %% ../../nbs/02a_shop.ipynb #7ec0f7b4
-DESIGNS = ("band", "panel", "stripe", "minimal", "split", "arch", "frame", "diagonal", "ombre")
-MOTIFS = ("none", "dots", "waves", "leaves", "rays", "checks", "petals", "lines")
-
-def make_line(number: int, leaf: Leaf, brand: Brand, name: str, seed: int = 0) -> Line:
-    "Line `number`: a label design, colours and proportions for `leaf` by `brand`."
-    rng = rng_for(seed, "line", number)
-    white, dark = "#f6f4f0", "#26262b"
-    pack = str(rng.choice([brand.base, brand.base, white, dark, brand.accent], p=[0.35, 0.2, 0.2, 0.1, 0.15]))
-    second = str(rng.choice([c for c in (brand.accent, brand.base, brand.metal, white) if c != pack]))
-    cap = str(rng.choice([brand.metal, white, dark, brand.accent, brand.base]))
-    finish = str(rng.choice(["matte", "gloss", "glass", "metal"], p=[0.4, 0.35, 0.15, 0.1]))
-    return Line(brand, leaf, name, str(rng.choice(DESIGNS)), str(rng.choice(MOTIFS)), pack, second, cap, finish,
-                float(rng.uniform(0.86, 1.16)), float(rng.uniform(0.86, 1.1)), bool(rng.random() < 0.3))
-
-# %% ../../nbs/02a_shop.ipynb #2b518881
-def _colour_variants(table, count: int, rng) -> list[dict]:
+# %% ../../nbs/02a_shop.ipynb #2a0b7f65
+def _shades(table: tuple, count: int, rng: np.random.Generator) -> list[dict]:
     "Shades that lie near each other: neighbours in the table, numbered."
     start = int(rng.integers(len(table)))
-    chosen = [table[(start + i) % len(table)] for i in range(count)]
-    return [dict(variant=name, number=int(10 * (i + 1)), colours=tuple(colour.split())) for i, (name, colour) in enumerate(chosen)]
+    chosen = [table[(start + i) % len(table)] for i in range(min(count, len(table)))]
+    return [{"variant": name, "number": 10 * i, "colours": tuple(text.split())} for i, (name, text) in enumerate(chosen, 1)]
 
-def _size_variants(leaf: Leaf, count: int) -> list[dict]:
+def _texts(table: tuple, count: int, rng: np.random.Generator) -> list[dict]:
+    "Words on the label, each with an accent colour of its own."
+    picked = [int(i) for i in rng.permutation(len(table))[:count]]
+    return [{"variant": table[i], "colours": (_hex(0.13 * i + 0.55, 0.5, 0.45),)} for i in picked]
+
+def _scents(count: int, rng: np.random.Generator) -> list[dict]:
+    "Scents with their icon."
+    chosen = [SCENT[i] for i in rng.permutation(len(SCENT))[:count]]
+    return [{"variant": name, "icon": icon, "colours": (colour,)} for name, icon, colour in chosen]
+
+def _sizes(leaf: Leaf, count: int) -> list[dict]:
     "Amounts, and how large the pack is against the middle of the line."
     middle = (leaf.amounts[0] * leaf.amounts[-1]) ** 0.5
     return [{"amount": amount, "bulk": amount / middle} for amount in leaf.amounts[:count]]
 
-def _text_variants(table, count: int, rng) -> list[dict]:
-    "Words on the label, with an accent colour of their own."
-    picked = rng.permutation(len(table))[:count]
-    return [dict(variant=table[i], colours=(_hex(0.13 * i + 0.55, 0.5, 0.5),)) for i in picked]
-
-def _scent_variants(count: int, rng) -> list[dict]:
-    return [dict(variant=SCENT[i][0], icon=SCENT[i][1], colours=(SCENT[i][2],)) for i in rng.permutation(len(SCENT))[:count]]
-
-# %% ../../nbs/02a_shop.ipynb #a26eda94
-def variant_table(leaf: Leaf, count: int, rng) -> list[dict]:
+# %% ../../nbs/02a_shop.ipynb #44fcb802
+def variants_of(
+    leaf: Leaf,
+    count: int,  # how many; fewer where the table is shorter
+    rng: np.random.Generator,
+) -> list[dict]:
     "What tells `count` products of one line apart, by the axis of the leaf."
-    if leaf.axis == "size": return _size_variants(leaf, count)
-    if leaf.axis == "scent": return _scent_variants(count, rng)
-    if leaf.axis in ("lip", "skin", "palette"):
-        return _colour_variants({"lip": LIP, "skin": SKIN, "palette": PALETTES}[leaf.axis], count, rng)
-    table = {"spf": SPF_TEXT, "hair": HAIR_TEXT}.get(leaf.axis, LASH_TEXT if "mascara" in leaf.path else SKIN_TEXT)
-    return _text_variants(table, count, rng)
+    if leaf.axis == "size":
+        return _sizes(leaf, count)
+    if leaf.axis == "scent":
+        return _scents(count, rng)
+    if leaf.axis in TEXTS:
+        return _texts(TEXTS[leaf.axis], count, rng)
+    return _shades({"lip": LIP, "skin": SKIN, "palette": PALETTES}[leaf.axis], count, rng)
 
-# %% ../../nbs/02a_shop.ipynb #6e453ef5
+# %% ../../nbs/02a_shop.ipynb #8a4cbc71
 @dataclass(frozen=True)
 class ShopConfig:
     "Who stands on the shelf."
     products: int = 150  # number of products
-    variants: tuple[int, int] = (2, 4)  # products in a line, least and most
-    brands: int = 14  # number of brands
-    leaves: int = len(LEAVES)  # number of leaf categories in use
+    variants: tuple[int, int] = (2, 5)  # products in a line, least and most
+    brands: int = 10  # number of brands
+    series: int = 4  # series of each brand
+    leaves: int = 24  # number of leaf categories in use, 34 at the most
 
-# %% ../../nbs/02a_shop.ipynb #04074360
-def stock_shop(config: ShopConfig, seed: int = 0) -> list[Product]:
-    "The products of a shop: lines go round the leaf categories until there are enough."
-    brands = [make_brand(i, seed) for i in range(config.brands)]
-    order = rng_for(seed, "leaves").permutation(len(LEAVES))[: config.leaves]
-    products, number = [], 0
-    while len(products) < config.products:
-        leaf, rng = LEAVES[order[number % len(order)]], rng_for(seed, "stock", number)
-        brand = brands[int(rng.integers(len(brands)))]
-        line = make_line(number, leaf, brand, _line_name(number, seed), seed)
-        products += line_products(line, len(products), config, rng)
-        number += 1
-    return products[: config.products]
-
-# %% ../../nbs/02a_shop.ipynb #4c6c79f7
-def _line_name(number: int, seed: int) -> str:
-    "Two words; a name repeats only after all 400 pairs are used."
-    pair = int(rng_for(seed, "lines").permutation(400)[number % 400])
-    return f"{LINE_FIRST[pair // 20]} {LINE_SECOND[pair % 20]}"
-
-def line_products(line: Line, first: int, config: ShopConfig, rng) -> list[Product]:
+# %% ../../nbs/02a_shop.ipynb #df9fb44b
+def line_products(line: Line, first: int, config: ShopConfig, rng: np.random.Generator) -> list[Product]:
     "The variants of one line as products, numbered from `first`."
     count = int(rng.integers(config.variants[0], config.variants[1] + 1))
-    amount = int(rng.choice(line.leaf.amounts))
-    usual = dict(variant="", number=0, colours=(line.second,), icon="", amount=amount, bulk=1.0)
-    table = variant_table(line.leaf, count, rng)
+    usual = {"variant": "", "number": 0, "colours": (line.second,), "icon": "", "bulk": 1.0,
+             "amount": int(rng.choice(line.leaf.amounts))}
+    table = variants_of(line.leaf, count, rng)
     return [Product(f"p{first + i:05d}", line, **(usual | values)) for i, values in enumerate(table)]
 
-# %% ../../nbs/02a_shop.ipynb #9484ff67
+# %% ../../nbs/02a_shop.ipynb #97a930eb
+def stock_shop(
+    config: ShopConfig = ShopConfig(),  # how many of what
+    seed: int = 0,  # which shop
+) -> list[Product]:
+    "The products of a shop: lines go round the leaf categories until there are enough."
+    brands, leaves = [make_brand(i, seed) for i in range(config.brands)], choose_leaves(config.leaves, seed)
+    products: list[Product] = []
+    taken: set[tuple[str, int, str]] = set()
+    number = 0
+    while len(products) < config.products:
+        leaf, rng = leaves[number % len(leaves)], rng_for(seed, "stock", number)
+        brand, series = brands[int(rng.integers(len(brands)))], int(rng.integers(config.series))
+        number += 1
+        if (brand.name, series, leaf.path) not in taken or number > 50 * config.products:
+            taken.add((brand.name, series, leaf.path))
+            products += line_products(make_line(leaf, brand, series, seed), len(products), config, rng)
+    return products[: config.products]
+
+# %% ../../nbs/02a_shop.ipynb #4c21b986
+def true_caption(product: Product) -> str:
+    "All that there is to say, in shop order."
+    line, leaf = product.line, product.line.leaf
+    variant = f"{product.number} {product.variant}" if product.number else product.variant
+    parts = (line.brand.name, line.name, leaf.words[0], variant, f"{product.amount}{leaf.unit}")
+    return " ".join(part for part in parts if part)
+
+# %% ../../nbs/02a_shop.ipynb #637c9245
 @dataclass(frozen=True)
 class CaptionConfig:
     "How sellers write. All numbers are probabilities."
-    drop_word: float = 0.15  # a part (brand, line, variant, type or amount) is left out
-    drop_variant: float = 0.25  # the variant is left out on top of that
-    wrong_word: float = 0.06  # a part is replaced by that of another product
+    drop_word: float = 0.25  # a part (brand, series, type, variant or amount) is left out
+    drop_variant: float = 0.3  # the variant is left out on top of that
+    wrong_word: float = 0.08  # a part is replaced by that of another product
     synonym: float = 0.4  # the type is called by another of its names
     noise_word: float = 0.5  # advertising words join
     shuffle: float = 0.6  # the parts come in free order
     name_product: float = 0.6  # a product of a multi-product picture is named at all
 
-# %% ../../nbs/02a_shop.ipynb #bf73cd46
-NOISE = ("new", "original", "gift", "2026", "best seller", "limited edition", "100% authentic", "free shipping", "set", "hot", "vegan", "travel", "for her",
-         "duty free", "sale", "must have", "korean style", "salon quality", "dermatologist tested", "with box")
+# %% ../../nbs/02a_shop.ipynb #cb684e65
+NOISE = ("new", "original", "gift", "2026", "best seller", "limited edition", "100% authentic", "free shipping", "set",
+         "hot", "vegan", "travel", "for her", "duty free", "sale", "must have", "korean style", "salon quality",
+         "dermatologist tested", "with box")
 
-def caption_words(product: Product) -> list[str]:
-    "The parts of a true and complete caption, in shop order."
-    line, leaf = product.line, product.line.leaf
-    variant = f"{product.number} {product.variant}" if product.number else product.variant
-    return [part for part in (line.brand.name, line.name, leaf.words[0], variant, f"{product.amount}{leaf.unit}") if part]
-
-# %% ../../nbs/02a_shop.ipynb #b53240da
-def _parts(product: Product, rng, config: CaptionConfig) -> list[str]:
-    "Brand, line, type, variant and amount as one seller may call them; '' where left out."
+def _parts(product: Product, rng: np.random.Generator, config: CaptionConfig) -> list[str]:
+    "Brand, series, type, variant and amount as one seller may call them; '' where left out."
     line, leaf = product.line, product.line.leaf
     word = leaf.words[int(rng.integers(1, len(leaf.words)))] if rng.random() < config.synonym else leaf.words[0]
     variant = "" if rng.random() < config.drop_variant else product.variant
-    if variant and product.number and rng.random() < 0.5: variant = f"{product.number} {variant}"
+    if variant and product.number and rng.random() < 0.5:
+        variant = f"{product.number} {variant}"
     parts = [line.brand.name, line.name, word, variant, f"{product.amount}{leaf.unit}"]
     return [part if rng.random() >= config.drop_word else "" for part in parts]
 
-# %% ../../nbs/02a_shop.ipynb #207474d5
-def caption(product: Product, shop: list[Product], rng, config: CaptionConfig = CaptionConfig()) -> str:
+# %% ../../nbs/02a_shop.ipynb #2bbef65f
+def caption(
+    product: Product,
+    shop: list[Product],  # wrong words come from here
+    rng: np.random.Generator,
+    config: CaptionConfig = CaptionConfig(),
+) -> str:
     "A seller's caption of one product: fuzzy on purpose."
     parts = _parts(product, rng, config)
     wrong = _parts(shop[int(rng.integers(len(shop)))], rng, config)
-    parts = [w if rng.random() < config.wrong_word else p for p, w in zip(parts, wrong)]
-    if rng.random() < config.noise_word: parts += [str(w) for w in rng.choice(NOISE, int(rng.integers(1, 3)), replace=False)]
-    if rng.random() < config.shuffle: parts = [parts[i] for i in rng.permutation(len(parts))]
+    parts = [w if rng.random() < config.wrong_word else p for p, w in zip(parts, wrong, strict=True)]
+    if rng.random() < config.noise_word:
+        parts += [str(w) for w in rng.choice(NOISE, int(rng.integers(1, 3)), replace=False)]
+    if rng.random() < config.shuffle:
+        parts = [parts[i] for i in rng.permutation(len(parts))]
     return " ".join(part for part in parts if part) or product.line.leaf.words[0]
 
-# %% ../../nbs/02a_shop.ipynb #20d61f53
-def group_caption(products: list[Product], shop: list[Product], rng, config: CaptionConfig = CaptionConfig()) -> str:
+# %% ../../nbs/02a_shop.ipynb #842c5316
+def group_caption(
+    products: list[Product],  # those that are seen
+    shop: list[Product],
+    rng: np.random.Generator,
+    config: CaptionConfig = CaptionConfig(),
+) -> str:
     "A caption of a picture with several products: it names some of them, at least one."
     named = [p for p in products if rng.random() < config.name_product] or [products[int(rng.integers(len(products)))]]
     joints = (" + ", ", ", " and ", " with ", " / ")
