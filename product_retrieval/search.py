@@ -14,15 +14,43 @@ from .core import InputError, atomic_folder, did_you_mean, human_size, read_json
 from .embeddings import Embeddings, about_file, check_file
 
 # %% auto #0
-__all__ = ['VERSION', 'KINDS', 'METRICS', 'BLOCK', 'SMALL', 'SMALLEST_IVFPQ', 'FILES', 'SETTINGS', 'clustered_vectors',
-           'as_vectors', 'normalise', 'bytes_needed', 'list_count', 'code_sizes', 'choose_kind', 'default_memory',
-           'Found', 'exact_search', 'compact', 'measure_recall', 'Index']
+__all__ = ['VERSION', 'KINDS', 'METRICS', 'BLOCK', 'SMALL', 'ROTATED', 'SMALLEST_IVFPQ', 'FILES', 'SETTINGS', 'as_vectors',
+           'normalise', 'clustered_vectors', 'bytes_needed', 'list_count', 'code_sizes', 'choose_kind',
+           'default_memory', 'Found', 'exact_search', 'compact', 'measure_recall', 'Index']
 
 # %% ../nbs/04c_search.ipynb #88d20809
 VERSION = 1
 KINDS = ("flat", "hnsw", "ivfpq")
 METRICS = ("cosine", "dot")
 BLOCK = 65_536  # vectors handled at once when a large set is read, scored or copied
+
+# %% ../nbs/04c_search.ipynb #175da324
+def as_vectors(vectors: Any, dim: int | None = None, what: str = "queries", names: Sequence[str] | None = None) -> np.ndarray:
+    "Finite float32 [n, dim], C order; one vector counts as [1, dim]; anything else is an `InputError`."
+    vectors = vectors.detach().float().cpu().numpy() if hasattr(vectors, "detach") else vectors
+    try:
+        vectors = np.ascontiguousarray(vectors, dtype=np.float32)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{what}: not a table of numbers ({error}); expected [n, {dim or 'dim'}] numbers") from None
+    vectors = vectors[None] if vectors.ndim == 1 else vectors
+    if vectors.ndim != 2 or vectors.shape[1] != (dim or vectors.shape[1]) or not vectors.shape[1]:
+        raise InputError(f"{what} of shape {list(vectors.shape)}; expected [n, {dim or 'dim'}]; was another encoder used?")
+    _refuse_broken(vectors, what, names)
+    return vectors
+
+# %% ../nbs/04c_search.ipynb #e2de67f8
+def _refuse_broken(vectors: np.ndarray, what: str, names: Sequence[str] | None) -> None:
+    "Name the first row with NaN or infinity."
+    broken = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
+    if len(broken):
+        where = f"item {names[broken[0]]!r}" if names is not None else f"row {broken[0]}"
+        raise InputError(f"{what}, {where}: NaN or infinite values ({len(broken)} such rows); leave them out or embed again")
+
+# %% ../nbs/04c_search.ipynb #1bd504c5
+def normalise(vectors: np.ndarray) -> np.ndarray:
+    "Rows scaled to length one; a row of zeros has no direction and stays zero, its cosine with everything is 0."
+    lengths = np.sqrt(np.einsum("nd,nd->n", vectors, vectors, dtype=np.float64))[:, None]
+    return (vectors / np.where(lengths > 0, lengths, 1)).astype(np.float32)
 
 # %% ../nbs/04c_search.ipynb #b334a561
 def clustered_vectors(
@@ -41,49 +69,32 @@ def clustered_vectors(
         noise = noise @ rng.normal(size=(rank, dim)).astype(np.float32) / np.float32(np.sqrt(rank))
     return centres[np.arange(count) % clusters] + np.float32(spread) * noise
 
-# %% ../nbs/04c_search.ipynb #7845610c
-def as_vectors(vectors: Any, dim: int | None = None, what: str = "queries", names: Sequence[str] | None = None) -> np.ndarray:
-    "Finite float32 [n, dim], C order; one vector counts as [1, dim]; anything else is an `InputError`."
-    vectors = vectors.detach().float().cpu().numpy() if hasattr(vectors, "detach") else vectors
-    try:
-        vectors = np.ascontiguousarray(vectors, dtype=np.float32)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{what}: not a table of numbers ({error}); expected [n, {dim or 'dim'}] numbers") from None
-    vectors = vectors[None] if vectors.ndim == 1 else vectors
-    if vectors.ndim != 2 or vectors.shape[1] != (dim or vectors.shape[1]) or not vectors.shape[1]:
-        raise InputError(f"{what} of shape {list(vectors.shape)}; expected [n, {dim or 'dim'}]; was another encoder used?")
-    broken = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
-    if len(broken):
-        where = f"item {names[broken[0]]!r}" if names is not None else f"row {broken[0]}"
-        raise InputError(f"{what}, {where}: NaN or infinite values ({len(broken)} such rows); leave them out or embed again")
-    return vectors
-
-# %% ../nbs/04c_search.ipynb #1bd504c5
-def normalise(vectors: np.ndarray) -> np.ndarray:
-    "Rows scaled to length one; a row of zeros has no direction and stays zero, its cosine with everything is 0."
-    lengths = np.sqrt(np.einsum("nd,nd->n", vectors, vectors, dtype=np.float64))[:, None]
-    return (vectors / np.where(lengths > 0, lengths, 1)).astype(np.float32)
-
-# %% ../nbs/04c_search.ipynb #f1cb8af0
+# %% ../nbs/04c_search.ipynb #548ac683
 def bytes_needed(kind: str, count: int, dim: int, links: int = 32, code_bytes: int = 0) -> int:
     "Memory of an index: vectors, graph, or codes with their ids and tables."
     vectors = 4 * dim * count
     if kind == "flat":
         return vectors
     if kind == "hnsw":
-        return vectors + int(count * (8 * links + 8 * links / links + 16))
-    tables = 4 * dim * (dim + 256 + list_count(count))
+        return vectors + count * (8 * links + 24)
+    rotated = min(dim, ROTATED)
+    tables = 4 * rotated * (dim + 256 + list_count(count))
     return count * ((code_bytes or code_sizes(dim)[0]) + 8) + tables
 
-# %% ../nbs/04c_search.ipynb #9961c456
+# %% ../nbs/04c_search.ipynb #bb3d086e
 def list_count(count: int) -> int:
     "Number of inverted lists: about four times the square root of the items, with at least 39 items to train each."
     return max(1, min(int(4 * np.sqrt(count)), count // 39, 65_536))
 
-
+# %% ../nbs/04c_search.ipynb #c32f4ce7
 def code_sizes(dim: int) -> list[int]:
-    "Bytes of a product-quantised vector, best first: one for 4, 8, 16 or 32 dimensions."
-    return [max(1, dim // part) for part in (4, 8, 16, 32)]
+    "Bytes of a product-quantised vector, best first: one for 4, 8, 16 or 32 dimensions after the rotation."
+    return [max(1, min(dim, ROTATED) // part) for part in (4, 8, 16, 32)]
+
+# %% ../nbs/04c_search.ipynb #0515d3f0
+SMALL = 64_000_000  # numbers that exact search reads in about 0.05 s
+ROTATED = 512  # the rotation keeps at most so many dimensions
+SMALLEST_IVFPQ = 39 * 16  # 16 centroids a code, 39 training points a centroid
 
 # %% ../nbs/04c_search.ipynb #1f53f31e
 def choose_kind(count: int, dim: int, memory: int) -> tuple[str, str, int]:
@@ -103,25 +114,21 @@ def choose_kind(count: int, dim: int, memory: int) -> tuple[str, str, int]:
         return "flat", f"{size}: only the bare vectors fit into {room}", 0
     raise InputError(f"{size}: no index fits into {room}, bare vectors need {human_size(flat)}; give more memory")
 
-# %% ../nbs/04c_search.ipynb #e3d7a25b
-SMALL = 64_000_000  # numbers that exact search reads in about 0.05 s
-SMALLEST_IVFPQ = 39 * 16  # 16 centroids a code, 39 training points a centroid
-
-
+# %% ../nbs/04c_search.ipynb #ee029d2e
 def default_memory() -> int:
     "Half of the memory that is free now, in bytes."
     import psutil
 
     return psutil.virtual_memory().available // 2
 
-# %% ../nbs/04c_search.ipynb #6074f082
+# %% ../nbs/04c_search.ipynb #bc1993ef
 def _flat(dim: int) -> Any:
     "An empty exact index on the inner product."
     import faiss
 
     return faiss.IndexFlatIP(dim)
 
-
+# %% ../nbs/04c_search.ipynb #02cbf519
 def _hnsw(dim: int, links: int, build_effort: int) -> Any:
     "An empty HNSW graph on the inner product."
     import faiss
@@ -130,17 +137,24 @@ def _hnsw(dim: int, links: int, build_effort: int) -> Any:
     engine.hnsw.efConstruction = build_effort
     return engine
 
-# %% ../nbs/04c_search.ipynb #a7c19ab2
+# %% ../nbs/04c_search.ipynb #2a456580
 def _ivfpq(sample: np.ndarray, code_bytes: int, lists: int) -> Any:
     "IVF-PQ with OPQ, trained on a sample."
     import faiss
 
     dim = sample.shape[1]
     bits = 8 if len(sample) >= 39 * 256 else 4
-    rotated = code_bytes * (dim // code_bytes)
+    rotated = code_bytes * max(1, min(dim, ROTATED) // code_bytes)
     name = f"OPQ{code_bytes}_{rotated},IVF{lists},PQ{code_bytes}x{bits}"
     engine = faiss.index_factory(dim, name, faiss.METRIC_INNER_PRODUCT)
-    faiss.downcast_index(engine.index).do_polysemous_training = False  # codes sorted for a search mode that is not used here
+    faiss.downcast_index(engine.index).do_polysemous_training = False  # serves a search mode that is not used here
+    return _trained(engine, sample, rotated, code_bytes, bits)
+
+# %% ../nbs/04c_search.ipynb #f3bce030
+def _trained(engine: Any, sample: np.ndarray, rotated: int, code_bytes: int, bits: int) -> Any:
+    "Train with fewer rounds than the defaults, which take minutes."
+    import faiss
+
     rotation = faiss.downcast_VectorTransform(engine.chain.at(0))
     rotation.niter, rotation.niter_pq_0, rotation.max_train_points = 10, 10, 20_000
     quantiser = faiss.ProductQuantizer(rotated, code_bytes, bits)
@@ -231,12 +245,12 @@ class _State:
             self._ids = self.table["item_id"].to_numpy(dtype=object)[self.alive].tolist()
         return self._ids
 
-# %% ../nbs/04c_search.ipynb #2910ed0f
+# %% ../nbs/04c_search.ipynb #7c3ac418
 def _take(index: _State, slots: np.ndarray) -> np.ndarray:
     "Exact vectors by slot, float32."
     return index.disk.take(slots) if index.disk is not None else _stored(index.engine)[slots]
 
-
+# %% ../nbs/04c_search.ipynb #269b580d
 def _slots_of(index: _State, ids: Sequence[str], verb: str) -> np.ndarray:
     "Slots of item ids; `InputError` names the first unknown one."
     if isinstance(ids, str):
@@ -279,14 +293,14 @@ def _padded(scores: np.ndarray, slots: np.ndarray, k: int) -> tuple[np.ndarray, 
         scores, slots = np.take_along_axis(scores, order, 1), np.take_along_axis(slots, order, 1)
     return scores, slots
 
-# %% ../nbs/04c_search.ipynb #a14d8670
+# %% ../nbs/04c_search.ipynb #25797dd9
 def _selector(allowed: np.ndarray) -> Any:
     "A faiss selector that admits the slots of a mask."
     import faiss
 
     return faiss.IDSelectorBitmap(np.packbits(allowed, bitorder="little"))
 
-
+# %% ../nbs/04c_search.ipynb #d9616b7e
 def _graph_search(index: _State, queries: np.ndarray, k: int, effort: int, allowed: np.ndarray | None) -> tuple:
     "Walk the graph; `effort` candidates are kept on the way."
     import faiss
@@ -294,7 +308,7 @@ def _graph_search(index: _State, queries: np.ndarray, k: int, effort: int, allow
     chosen = {} if allowed is None else {"sel": _selector(allowed)}
     return index.engine.search(queries, k, params=faiss.SearchParametersHNSW(efSearch=max(effort, k), **chosen))
 
-# %% ../nbs/04c_search.ipynb #d1553f07
+# %% ../nbs/04c_search.ipynb #4865d367
 def _code_search(index: _State, queries: np.ndarray, k: int, effort: int, allowed: np.ndarray | None) -> tuple:
     "Scan the codes of `effort` lists, then score the best `k * rerank` with their exact vectors."
     import faiss
@@ -305,17 +319,20 @@ def _code_search(index: _State, queries: np.ndarray, k: int, effort: int, allowe
     scores, slots = index.engine.search(queries, min(k * max(rerank, 1), len(index.alive)), params=params)
     return _rescored(index, queries, slots, k) if rerank else (scores, slots)
 
-
+# %% ../nbs/04c_search.ipynb #c8f81225
 def _rescored(index: _State, queries: np.ndarray, slots: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     "Exact scores for the candidates of each query, best k."
-    scores = np.full(slots.shape, -np.inf, np.float32)
-    for row, candidates in enumerate(slots):
-        real = candidates >= 0
-        scores[row, real] = _take(index, candidates[real]) @ queries[row]
+    scores = np.empty(slots.shape, np.float32)
+    step = max(1, BLOCK // 8 // slots.shape[1])
+    for start in range(0, len(slots), step):
+        part = slots[start : start + step].clip(0)
+        vectors = _take(index, part.ravel()).reshape(*part.shape, index.dim)
+        scores[start : start + step] = (vectors @ queries[start : start + step, :, None])[..., 0]
+    scores[slots < 0] = -np.inf
     order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
     return np.take_along_axis(scores, order, 1), np.take_along_axis(slots, order, 1)
 
-# %% ../nbs/04c_search.ipynb #898541ee
+# %% ../nbs/04c_search.ipynb #3e4461b0
 def _search_slots(index: _State, queries: np.ndarray, k: int, allowed: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
     "Scores and slots [n, k]; exact over the subset when a filter leaves little."
     count = len(index) if allowed is None else int(allowed.sum())
@@ -325,19 +342,24 @@ def _search_slots(index: _State, queries: np.ndarray, k: int, allowed: np.ndarra
         return _padded(empty.astype(np.float32), empty, width)
     if index.kind == "flat" and allowed is None:
         found = index.engine.search(queries, k)
-    elif index.kind == "flat" or count < max(index.settings["exact_below"], index.settings["exact_share"] * len(index.alive)):
-        found = _exactly(index, queries, k, allowed)
+    elif index.kind == "flat" or (allowed is not None and _small(index, count)):
+        found = _exactly(index, queries, k, allowed, count)
     else:
         found = _approximately(index, queries, k, allowed, count)
     return _padded(*found, width)
 
-# %% ../nbs/04c_search.ipynb #5f0344dd
-def _exactly(index: _State, queries: np.ndarray, k: int, allowed: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+# %% ../nbs/04c_search.ipynb #da7d191f
+def _small(index: _State, count: int) -> bool:
+    "Whether a filter leaves so little that exact search is the better way."
+    return count < max(index.settings["exact_below"], index.settings["exact_share"] * len(index.alive))
+
+
+def _exactly(index: _State, queries: np.ndarray, k: int, allowed: np.ndarray | None, count: int) -> tuple:
     "Exact search over the allowed slots."
     slots = np.flatnonzero(index.alive if allowed is None else allowed)
     return exact_search(queries, k, slots, lambda part: _take(index, part))
 
-
+# %% ../nbs/04c_search.ipynb #0d148e85
 def _approximately(index: _State, queries: np.ndarray, k: int, allowed: np.ndarray | None, count: int) -> tuple:
     "Search the graph or the codes; what stays unsure under a filter is searched exactly."
     if allowed is None:
@@ -348,24 +370,7 @@ def _approximately(index: _State, queries: np.ndarray, k: int, allowed: np.ndarr
     unsure = _until_stable(index, search, queries, k, effort, allowed, scores, slots)
     unsure = np.union1d(unsure, np.flatnonzero((slots < 0).any(axis=1)))
     if len(unsure):
-        scores[unsure], slots[unsure] = _exactly(index, queries[unsure], k, allowed)
-    return scores, slots
-
-# %% ../nbs/04c_search.ipynb #26f38d73
-def _past_the_dead(index: _State, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    "Ask for more than k, drop dead slots; queries that have fewer than k left are searched with a filter."
-    live = len(index) / len(index.alive)
-    width = k if live == 1 else min(int(1.5 * k / live) + 10, len(index.alive))
-    search = _graph_search if index.kind == "hnsw" else _code_search
-    scores, slots = search(index, queries, width, max(index.settings["effort"], 1), None)
-    gone = (slots < 0) | ~index.alive[slots]
-    order = np.argsort(gone, axis=1, kind="stable")[:, :k]
-    scores, slots, gone = (np.take_along_axis(x, order, 1) for x in (scores, slots, gone))
-    short = gone.any(axis=1)
-    if short.any():
-        rest, alive = queries[short], index.alive
-        again = _exactly(index, rest, k, None) if live == 1 else _approximately(index, rest, k, alive, len(index))
-        scores[short], slots[short] = again
+        scores[unsure], slots[unsure] = _exactly(index, queries[unsure], k, allowed, count)
     return scores, slots
 
 # %% ../nbs/04c_search.ipynb #1d848f06
@@ -382,16 +387,14 @@ def _until_stable(index: _State, search: Callable, queries: np.ndarray, k: int, 
             break
     return rows
 
-# %% ../nbs/04c_search.ipynb #4e45adeb
+# %% ../nbs/04c_search.ipynb #caf9a68e
 def _allowed(index: _State, where: Any) -> np.ndarray | None:
     "A filter as a mask over slots: columns and values, a mask over rows, or a function of the table."
     if where is None:
         return None
     live = index.table[index.alive]
     if isinstance(where, Mapping):
-        mask = np.ones(len(live), dtype=bool)
-        for column, wanted in where.items():
-            mask &= _matches(live, column, wanted)
+        mask = np.all([np.ones(len(live), dtype=bool), *(_matches(live, *pair) for pair in where.items())], axis=0)
     else:
         mask = np.asarray(where(live) if callable(where) else where)
     if mask.dtype != bool or mask.shape != (len(live),):
@@ -400,18 +403,18 @@ def _allowed(index: _State, where: Any) -> np.ndarray | None:
     allowed[np.flatnonzero(index.alive)[mask]] = True
     return allowed
 
-# %% ../nbs/04c_search.ipynb #0c935b04
+# %% ../nbs/04c_search.ipynb #e3bc9e81
 def _matches(table: pd.DataFrame, column: str, wanted: Any) -> np.ndarray:
     "Items whose column has the wanted value or one of them; a category also matches everything below it."
     if column not in table.columns:
         raise InputError(f"where: no column {column!r} in the index{did_you_mean(column, table.columns)}; build with catalog=")
     values = table[column]
-    several = isinstance(wanted, (list, tuple, set, frozenset, np.ndarray))
-    mask = values.isin(list(wanted) if several else [wanted]).to_numpy(dtype=bool)
+    wanted = list(wanted) if isinstance(wanted, (list, tuple, set, frozenset, np.ndarray)) else [wanted]
+    texts = values.astype(str)
+    mask = values.isin(wanted) | texts.isin([str(value) for value in wanted])
     if column == "category":
-        prefixes = tuple(f"{value}/" for value in (wanted if several else [wanted]))
-        mask = mask | values.astype(str).str.startswith(prefixes).to_numpy(dtype=bool)
-    return mask
+        mask |= texts.str.startswith(tuple(f"{value}/" for value in wanted))
+    return mask.to_numpy(dtype=bool)
 
 # %% ../nbs/04c_search.ipynb #1541faf4
 class _Searching(_State):
@@ -437,6 +440,22 @@ class _Searching(_State):
         "Exact vectors of items, as the index compares them [len(ids), dim]."
         return _take(self, _slots_of(self, ids, "vectors"))
 
+# %% ../nbs/04c_search.ipynb #9c2a0322
+def _past_the_dead(index: _State, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    "Ask for more than k, drop dead slots; queries that have fewer than k left are searched with a filter."
+    live = len(index) / len(index.alive)
+    width = k if live == 1 else min(int(1.5 * k / live) + 10, len(index.alive))
+    search = _graph_search if index.kind == "hnsw" else _code_search
+    scores, slots = search(index, queries, width, max(index.settings["effort"], 1), None)
+    gone = (slots < 0) | ~index.alive[slots]
+    order = np.argsort(gone, axis=1, kind="stable")[:, :k]
+    scores, slots, gone = (np.take_along_axis(x, order, 1) for x in (scores, slots, gone))
+    short = gone.any(axis=1)
+    if short.any():
+        again = _exactly if live == 1 else _approximately
+        scores[short], slots[short] = again(index, queries[short], k, index.alive, len(index))
+    return scores, slots
+
 # %% ../nbs/04c_search.ipynb #00da3316
 def _append(index: _State, ids: Sequence[str], vectors: np.ndarray, columns: pd.DataFrame | None) -> None:
     "Put checked vectors into new slots, block by block."
@@ -452,7 +471,7 @@ def _append(index: _State, ids: Sequence[str], vectors: np.ndarray, columns: pd.
     index.alive = np.concatenate([index.alive, np.ones(len(ids), dtype=bool)])
     index._forget()
 
-# %% ../nbs/04c_search.ipynb #00d2ec1a
+# %% ../nbs/04c_search.ipynb #9a7c0525
 def _checked_new(index: _State, ids: Sequence[str], vectors: Any, columns: Any) -> tuple[list[str], np.ndarray, Any]:
     "Check everything before anything changes."
     ids = [str(i) for i in ids]
@@ -463,7 +482,7 @@ def _checked_new(index: _State, ids: Sequence[str], vectors: Any, columns: Any) 
         raise InputError(f"item {next(i for i in ids if ids.count(i) > 1)!r} stands twice in what is added; ids must be unique")
     return ids, vectors, _checked_columns(index, ids, columns)
 
-
+# %% ../nbs/04c_search.ipynb #adb2ebb1
 def _checked_columns(index: _State, ids: Sequence[str], columns: Any) -> pd.DataFrame | None:
     "Columns of new items in the form of the index's table; what is not given is empty text."
     known = [c for c in index.table.columns if c != "item_id"]
@@ -507,20 +526,22 @@ class _Changing(_Searching):
         _note_change(self, len(ids))
         _compact_when_needed(self)
 
-# %% ../nbs/04c_search.ipynb #d271e0d2
+# %% ../nbs/04c_search.ipynb #deb0901a
 def _note_change(index: _State, count: int) -> None:
     "Remember how many items changed since recall was measured."
     index.measured["changed_since"] = index.measured.get("changed_since", 0) + count
 
-
+# %% ../nbs/04c_search.ipynb #65a9bc84
 def _compact_when_needed(index: _State) -> None:
     "A flat index closes the gaps at once, the others when a quarter of the slots is dead."
     dead = 1 - len(index) / max(len(index.alive), 1)
     if dead > (0 if index.kind == "flat" else index.settings["compact_at"]):
         compact(index)
 
-# %% ../nbs/04c_search.ipynb #d5157d47
-def compact(index: Index) -> None:
+# %% ../nbs/04c_search.ipynb #43f2fa72
+def compact(
+    index: Any,  # an Index
+) -> None:
     "Clear dead slots: close the gaps (flat), build the graph again (hnsw), or refill the trained lists (ivfpq)."
     import faiss
 
@@ -546,7 +567,7 @@ def _refill(index: _State, slots: np.ndarray) -> None:
         index.engine.add(index.disk.take(slots[start : start + BLOCK]))
     index.disk.keep(slots)
 
-# %% ../nbs/04c_search.ipynb #d2f0b05e
+# %% ../nbs/04c_search.ipynb #3d2f22f0
 def _truth(index: _State, k: int, sample: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     "Random items as queries: their vectors, their slots and the exact score of their k-th neighbour."
     live = np.flatnonzero(index.alive)
@@ -555,7 +576,7 @@ def _truth(index: _State, k: int, sample: int, seed: int) -> tuple[np.ndarray, n
     scores, slots = exact_search(queries, k + 1, live, lambda part: _take(index, part))
     return queries, own, _without(scores, slots, own)[0][:, -1]
 
-
+# %% ../nbs/04c_search.ipynb #d028675f
 def _without(scores: np.ndarray, slots: np.ndarray, own: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     "Drop the query itself from each row, or the last result where it was not found."
     mine = slots == own[:, None]
@@ -571,9 +592,9 @@ def _recall(index: _State, truth: tuple[np.ndarray, np.ndarray, np.ndarray], k: 
     near = [_take(index, line[line >= 0]) @ query for line, query in zip(slots, queries, strict=True)]
     return float(np.mean([(line >= limit - 1e-5).sum() / k for line, limit in zip(near, threshold, strict=True)]))
 
-# %% ../nbs/04c_search.ipynb #15f57858
+# %% ../nbs/04c_search.ipynb #1a0e1922
 def measure_recall(
-    index: Index,
+    index: Any,  # an Index
     k: int = 10,
     sample: int = 200,  # items used as queries
     seed: int = 0,
@@ -592,11 +613,11 @@ def measure_recall(
     index.measured = {"k": k, "sample": sample, "items": len(index), "curve": curve, "changed_since": 0}
     return curve
 
-# %% ../nbs/04c_search.ipynb #46670692
+# %% ../nbs/04c_search.ipynb #b4ed4de1
 FILES = {"flat": ("engine.faiss", "items.parquet"), "hnsw": ("engine.faiss", "items.parquet")}
 FILES["ivfpq"] = (*FILES["flat"], "vectors.npy")
 
-
+# %% ../nbs/04c_search.ipynb #2428c68f
 def _write_index(index: Index, folder: Path) -> None:
     "All files of an index; index.json, written last, holds sizes and checksums of the others."
     import faiss
@@ -609,7 +630,7 @@ def _write_index(index: Index, folder: Path) -> None:
     files = {name: about_file(folder / name) for name in FILES[index.kind]}
     write_json(folder / "index.json", {"version": VERSION, **{k: getattr(index, k) for k in keep}, "files": files})
 
-
+# %% ../nbs/04c_search.ipynb #89e52089
 def _write_vectors(index: Index, path: Path) -> None:
     "Vectors of a coded index in slot order, in the type they came in."
     dtype = np.result_type(*index.disk.chunks)
@@ -619,7 +640,7 @@ def _write_vectors(index: Index, path: Path) -> None:
         out[slots] = index.disk.take(slots)
     out.flush()
 
-# %% ../nbs/04c_search.ipynb #0b5b224a
+# %% ../nbs/04c_search.ipynb #3f989107
 def _noted(about: dict[str, Any], name: str, folder: Path) -> dict[str, Any]:
     "Size and checksum of a file as index.json has them."
     files = about.get("files")
@@ -627,7 +648,7 @@ def _noted(about: dict[str, Any], name: str, folder: Path) -> dict[str, Any]:
         raise InputError(f"{folder / 'index.json'}: says nothing about {name}; build the index again")
     return files[name]
 
-
+# %% ../nbs/04c_search.ipynb #ddd3afe3
 def _read_index(folder: Path, verify: bool) -> tuple[dict[str, Any], Any, pd.DataFrame]:
     "Description, engine and table of an index folder, checked against each other."
     import faiss
@@ -697,7 +718,7 @@ SETTINGS = {
     "seed": 0,
 }
 
-# %% ../nbs/04c_search.ipynb #b2bb6738
+# %% ../nbs/04c_search.ipynb #f2f67f81
 def _build(cls: type, embeddings: Any, kind: str, memory: Any, catalog: Any, metric: str, target: float, given: dict) -> Any:
     "The steps of `Index.build`."
     count, dim = len(embeddings), embeddings.dim
@@ -709,13 +730,13 @@ def _build(cls: type, embeddings: Any, kind: str, memory: Any, catalog: Any, met
     measure_recall(index, seed=settings["seed"], efforts=efforts, target=target)
     return index
 
-
+# %% ../nbs/04c_search.ipynb #0ea8d416
 def _ladder(kind: str, settings: dict[str, Any]) -> list[int]:
     "Efforts to try, doubling."
     steps = [2**i for i in range(17)]
     return {"flat": [1], "hnsw": steps[4:11]}.get(kind) or [s for s in steps if s < settings["lists"]] + [settings["lists"]]
 
-# %% ../nbs/04c_search.ipynb #20cdd431
+# %% ../nbs/04c_search.ipynb #48b6bb31
 def _decided(count: int, dim: int, kind: str, memory: Any, metric: str, given: dict) -> tuple[str, str, dict[str, Any]]:
     "Check the arguments of `Index.build` and fill in what was left open."
     if not count:
@@ -735,6 +756,8 @@ def _decided(count: int, dim: int, kind: str, memory: Any, metric: str, given: d
     settings = {**SETTINGS, **given}
     settings["lists"] = settings["lists"] or list_count(count)
     settings["code_bytes"] = settings["code_bytes"] or code_sizes(dim)[0]
+    if not 0 < settings["code_bytes"] <= dim:
+        raise InputError(f"code_bytes={settings['code_bytes']}: expected 1 to {dim}, the dimension")
     return kind, why, settings
 
 # %% ../nbs/04c_search.ipynb #366e40aa
@@ -751,16 +774,16 @@ def _engine(kind: str, embeddings: Any, metric: str, settings: dict[str, Any]) -
     sample = normalise(sample) if metric == "cosine" else sample
     return _ivfpq(sample, settings["code_bytes"], settings["lists"])
 
-# %% ../nbs/04c_search.ipynb #bfd4e59a
+# %% ../nbs/04c_search.ipynb #235fa4ce
 def _columns_of(catalog: Any, ids: Sequence[str]) -> pd.DataFrame:
-    "Columns of a catalogue, aligned with ids, without what belongs to pictures and to evaluation."
-    frame = catalog.frame.drop(columns=["image", "labels", "boxes"], errors="ignore").set_index("item_id")
+    "Columns of a catalogue, aligned with ids; boxes stay out, nobody filters by them."
+    frame = catalog.frame.drop(columns=["boxes"], errors="ignore").set_index("item_id")
     missing = next((i for i in ids if i not in frame.index), None)
     if missing is not None:
         raise InputError(f"item {missing!r}: has a vector but no row in catalogue {catalog.name!r}; give its catalogue")
     return frame.loc[list(ids)].reset_index(drop=True)
 
-
+# %% ../nbs/04c_search.ipynb #b0d1fc8a
 def _load(cls: type, folder: Path, verify: bool) -> Any:
     "The steps of `Index.load`."
     if not folder.is_dir():
