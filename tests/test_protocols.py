@@ -162,9 +162,9 @@ def test_a_missing_query_is_an_error_and_lenient_leaves_it_out(world):
 def test_broken_ground_truth(world):
     folder = world[0]
     (folder / "empty.txt").write_text("")
-    with pytest.raises(InputError, match="empty.txt: empty"):
+    with pytest.raises(InputError, match=r"empty\.txt: empty"):
         pr.evaluate_product1m(folder, folder / "empty.txt")
-    with pytest.raises(InputError, match="nowhere.txt: not found"):
+    with pytest.raises(InputError, match=r"nowhere\.txt: not found"):
         pr.evaluate_product1m(folder, folder / "nowhere.txt")
     (folder / TEST).write_text("q0#####caption\n")
     with pytest.raises(InputError, match="line 1: 2 fields, expected 5"):
@@ -294,7 +294,7 @@ def test_a_run_folder_with_faults(run_folder, tmp_path):
     with pytest.raises(InputError, match="not in the gallery"):
         pr.evaluate_run(folder)
     shutil.rmtree(folder)
-    with pytest.raises(InputError, match="run.json: not found"):
+    with pytest.raises(InputError, match=r"run\.json: not found"):
         pr.evaluate_run(folder)
 
 
