@@ -48,9 +48,9 @@ def child(kind: str, path: str) -> None:
 
         start = time.perf_counter()
         rows = len(pd.read_csv(path, sep="#####", header=None, engine="python", dtype=str, encoding="utf-8", quoting=3))
-    seconds = time.perf_counter() - start
+    seconds, processor = time.perf_counter() - start, time.process_time()
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2
-    print(json.dumps({"rows": rows, "seconds": seconds, "gigabytes": memory}))
+    print(json.dumps({"rows": rows, "seconds": seconds, "processor": processor, "gigabytes": memory}))
 
 
 def measure(kind: str, path: Path) -> dict:
@@ -59,10 +59,10 @@ def measure(kind: str, path: Path) -> dict:
     return json.loads(done.stdout)
 
 
-def say(figure: str, ours: float, peer: float, bar: float) -> None:
+def say(figure: str, ours: float, peer: float, bar: float | None) -> None:
     "One JSON line."
     line = {"figure": figure, "ours": round(ours, 2), "peer": round(peer, 2), "ratio": round(peer / ours, 2), "bar": bar}
-    print(json.dumps({**line, "met": ours < bar, "hardware": HARDWARE}), flush=True)
+    print(json.dumps({**line, "met": None if bar is None else ours < bar, "hardware": HARDWARE}), flush=True)
 
 
 def main() -> None:
@@ -73,6 +73,7 @@ def main() -> None:
         ours, peer = measure("ours", path), measure("peer", path)
         assert ours["rows"] == peer["rows"] == ROWS
         say(f"Product1M format to Catalog, {ROWS:,} rows, seconds", ours["seconds"], peer["seconds"], 20)
+        say("the same, seconds of processor time, imports included", ours["processor"], peer["processor"], None)
         say(f"Product1M format to Catalog, {ROWS:,} rows, gigabytes at the peak", ours["gigabytes"], peer["gigabytes"], 2)
 
 

@@ -53,6 +53,12 @@ def test_exif_rotation(tmp_path, orientation):
     assert np.array_equal(tensor.permute(1, 2, 0).numpy(), np.asarray(expected))
 
 
+def test_broken_exif_does_not_spoil_a_picture(tmp_path):
+    scene().save(tmp_path / "a.jpg", exif=b"Exif\x00\x00II*\x00\x08\x00\x00\x00\xff\xff\x12\x01", quality=95)
+    assert p.read_image(tmp_path / "a.jpg").size == (60, 40)
+    assert p.read_pixels(tmp_path / "a.jpg").shape == (3, 40, 60)
+
+
 def test_cmyk_palette_grey_and_alpha(tmp_path):
     picture = scene()
     whole = tuple(np.asarray(picture).reshape(-1, 3).mean(0))
