@@ -77,7 +77,8 @@ def plain_loop(model: nn.Module, objective: nn.Module, batches: MemoryBatches, e
 def loop_overhead() -> None:
     "Seconds a step of `fit` (log, clipping, groups, one checkpoint an epoch) beside the plain loop, alternately in one run."
     torch.manual_seed(0)
-    pixels, targets = torch.randn(256 if QUICK else 2048, 3, 96, 96), torch.randint(0, 24, (256 if QUICK else 2048,))
+    count = 256 if QUICK else 1024
+    pixels, targets = torch.randn(count, 3, 64, 64), torch.randint(0, 24, (count,))
     batches, epochs = MemoryBatches(pixels, targets, batch_size=64), 2
     config = TrainConfig(epochs=epochs, precision="fp32", device="cpu", tensorboard=False)
     times: dict[str, list[float]] = {"fit": [], "plain": []}
