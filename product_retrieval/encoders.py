@@ -18,10 +18,10 @@ from torch.nn import functional
 from .core import InputError, atomic_folder, cache_dir, did_you_mean, human_size, read_json, write_json
 
 # %% auto #0
-__all__ = ['unit', 'rgb_to_hsv', 'rgb_to_lab', 'count_colors', 'HubLayout', 'ColorHistogram', 'RawPixels', 'words', 'TitleWords',
-           'weigh_words', 'title_vectors', 'EncoderConfig', 'GeM', 'ImageEncoder', 'encode_pixels', 'read_weights',
-           'fill', 'weights_convention', 'image_encoder', 'OpenClipConfig', 'OpenClipEncoder', 'encode_titles',
-           'open_clip_encoder', 'vectors_of', 'load_encoder', 'model_card']
+__all__ = ['unit', 'HubLayout', 'rgb_to_hsv', 'rgb_to_lab', 'count_colors', 'ColorHistogram', 'RawPixels', 'words', 'weigh_words',
+           'title_vectors', 'TitleWords', 'EncoderConfig', 'GeM', 'ImageEncoder', 'encode_pixels', 'read_weights',
+           'fill', 'weights_convention', 'image_encoder', 'vectors_of', 'OpenClipConfig', 'OpenClipEncoder',
+           'encode_titles', 'open_clip_encoder', 'model_card', 'load_encoder']
 
 # %% ../nbs/04a_encoders.ipynb #29dd137d
 def unit(
@@ -30,73 +30,17 @@ def unit(
     "Scale each row to length 1, so that a dot product is a cosine."
     return functional.normalize(vectors.float(), dim=-1)
 
-# %% ../nbs/04a_encoders.ipynb #edf4ec8f
-def rgb_to_hsv(
-    pixels: torch.Tensor,  # [batch, 3, height, width], values in 0..1
-) -> torch.Tensor:  # the same shape: hue, saturation, value, each in 0..1
-    "Hue, saturation and value of every pixel; hue is 0 for greys."
-    red, green, blue = pixels.unbind(1)
-    value, strongest = pixels.max(1)
-    spread = value - pixels.min(1).values
-    safe = spread.clamp(min=1e-8)
-    sectors = torch.stack([(green - blue) / safe % 6, (blue - red) / safe + 2, (red - green) / safe + 4], 1)
-    hue = sectors.gather(1, strongest.unsqueeze(1)).squeeze(1) / 6
-    saturation = spread / value.clamp(min=1e-8)
-    return torch.stack([hue * (spread > 0), saturation, value], 1)
-
-# %% ../nbs/04a_encoders.ipynb #e52ea1ae
-def rgb_to_lab(
-    pixels: torch.Tensor,  # [batch, 3, height, width], sRGB values in 0..1
-) -> torch.Tensor:  # the same shape: L / 100, (a + 100) / 200, (b + 115) / 215; each about 0..1
-    "CIE Lab (D65) of every pixel: distances in it are closer to what eyes see."
-    linear = torch.where(pixels > 0.04045, ((pixels + 0.055) / 1.055) ** 2.4, pixels / 12.92)
-    x, y, z = torch.einsum("ck,bkhw->cbhw", pixels.new_tensor(_XYZ), linear).unbind(0)
-    x, y, z = (torch.where(v > 0.008856, v.clamp(min=1e-8) ** (1 / 3), 7.787 * v + 16 / 116) for v in (x, y, z))
-    return torch.stack([(116 * y - 16) / 100, (500 * (x - y) + 100) / 200, (200 * (y - z) + 115) / 215], 1)
-
-# %% ../nbs/04a_encoders.ipynb #173a8ade
-_XYZ = [  # sRGB to XYZ, each row divided by the white point of D65
-    [0.4124 / 0.95047, 0.3576 / 0.95047, 0.1805 / 0.95047],
-    [0.2126, 0.7152, 0.0722],
-    [0.0193 / 1.08883, 0.1192 / 1.08883, 0.9505 / 1.08883],
-]
-_SPACES = {"rgb": lambda pixels: pixels, "hsv": rgb_to_hsv, "lab": rgb_to_lab}
-
-# %% ../nbs/04a_encoders.ipynb #c7dc6895
-def count_colors(
-    pixels: torch.Tensor,  # [batch, 3, height, width], values in 0..1 in any colour space
-    bins: Sequence[int],  # how many bins for each of the three channels
-    grid: int = 1,  # the picture is cut into grid x grid cells, each with its own histogram
-) -> torch.Tensor:  # [batch, grid * grid * bins], the share of the picture's pixels in each bin
-    "Joint colour histogram."
-    batch, _, height, width = pixels.shape
-    steps = pixels.new_tensor(bins).view(1, 3, 1, 1)
-    b = torch.minimum((pixels.clamp(0, 1) * steps).long(), steps.long() - 1)
-    color = (b[:, 0] * bins[1] + b[:, 1]) * bins[2] + b[:, 2]
-    row, column = (torch.arange(n, device=pixels.device) * grid // n for n in (height, width))
-    index = (row[:, None] * grid + column) * (bins[0] * bins[1] * bins[2]) + color
-    counts = pixels.new_zeros(batch, grid * grid * bins[0] * bins[1] * bins[2])
-    return counts.scatter_add_(1, index.flatten(1), torch.ones_like(pixels[:, 0]).flatten(1)) / (height * width)
-
-# %% ../nbs/04a_encoders.ipynb #79f15318
+# %% ../nbs/04a_encoders.ipynb #c62289d0
 class HubLayout:
     "An encoder that is saved, loaded and published as a folder in the layout of the Hugging Face Hub."
 
-    def save_pretrained(
-        self,
-        folder: str | Path,  # a new folder, or one that holds a saved encoder, which is replaced
-        card: str = "",  # text for the model card: training data, results, licence
-    ) -> Path:
-        "Write config.json, preprocessing, weights and README.md in one atomic step."
+    def save_pretrained(self, folder: str | Path, card: str = "") -> Path:
+        "Write config, preprocessing, weights and model card in one atomic step; `card` is text for the model card."
         return _write_folder(self, Path(folder), card)
 
     @classmethod
-    def from_pretrained(
-        cls,
-        name_or_folder: str | Path,  # a folder, or a repository of the Hugging Face Hub
-        revision: str | None = None,  # a branch, tag or commit of that repository
-    ) -> Any:
-        "Read what `save_pretrained` or `push_to_hub` wrote."
+    def from_pretrained(cls, name_or_folder: str | Path, revision: str | None = None) -> Any:
+        "Read a folder, or a repository of the Hub at a branch, tag or commit."
         return _read_folder(_find_folder(str(name_or_folder), revision), cls)
 
     def push_to_hub(self, repository: str, private: bool = True, card: str = "", token: str | None = None) -> str:
@@ -127,6 +71,56 @@ def _plain_transform(size: int) -> Any:
     from product_retrieval.data.pictures import picture_transform
 
     return picture_transform(size, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+
+# %% ../nbs/04a_encoders.ipynb #edf4ec8f
+def rgb_to_hsv(
+    pixels: torch.Tensor,  # [batch, 3, height, width], values in 0..1
+) -> torch.Tensor:  # the same shape: hue, saturation, value, each in 0..1
+    "Hue, saturation and value of every pixel; hue is 0 for greys."
+    red, green, blue = pixels.unbind(1)
+    value, strongest = pixels.max(1)
+    spread = value - pixels.min(1).values
+    safe = spread.clamp(min=1e-8)
+    sectors = torch.stack([(green - blue) / safe % 6, (blue - red) / safe + 2, (red - green) / safe + 4], 1)
+    hue = sectors.gather(1, strongest.unsqueeze(1)).squeeze(1) / 6
+    saturation = spread / value.clamp(min=1e-8)
+    return torch.stack([hue * (spread > 0), saturation, value], 1)
+
+# %% ../nbs/04a_encoders.ipynb #ae6d6f1f
+_XYZ = [  # sRGB to XYZ, each row divided by the white point of D65
+    [0.4124 / 0.95047, 0.3576 / 0.95047, 0.1805 / 0.95047],
+    [0.2126, 0.7152, 0.0722],
+    [0.0193 / 1.08883, 0.1192 / 1.08883, 0.9505 / 1.08883],
+]
+
+# %% ../nbs/04a_encoders.ipynb #e52ea1ae
+def rgb_to_lab(
+    pixels: torch.Tensor,  # [batch, 3, height, width], sRGB values in 0..1
+) -> torch.Tensor:  # the same shape: L / 100, (a + 100) / 200, (b + 115) / 215; each about 0..1
+    "CIE Lab (D65) of every pixel: distances in it are closer to what eyes see."
+    linear = torch.where(pixels > 0.04045, ((pixels + 0.055) / 1.055) ** 2.4, pixels / 12.92)
+    x, y, z = torch.einsum("ck,bkhw->cbhw", pixels.new_tensor(_XYZ), linear).unbind(0)
+    x, y, z = (torch.where(v > 0.008856, v.clamp(min=1e-8) ** (1 / 3), 7.787 * v + 16 / 116) for v in (x, y, z))
+    return torch.stack([(116 * y - 16) / 100, (500 * (x - y) + 100) / 200, (200 * (y - z) + 115) / 215], 1)
+
+# %% ../nbs/04a_encoders.ipynb #5bd58f90
+_SPACES = {"rgb": lambda pixels: pixels, "hsv": rgb_to_hsv, "lab": rgb_to_lab}
+
+# %% ../nbs/04a_encoders.ipynb #c7dc6895
+def count_colors(
+    pixels: torch.Tensor,  # [batch, 3, height, width], values in 0..1 in any colour space
+    bins: Sequence[int],  # how many bins for each of the three channels
+    grid: int = 1,  # the picture is cut into grid x grid cells, each with its own histogram
+) -> torch.Tensor:  # [batch, grid * grid * bins], the share of the picture's pixels in each bin
+    "Joint colour histogram."
+    batch, _, height, width = pixels.shape
+    steps = pixels.new_tensor(bins).view(1, 3, 1, 1)
+    b = torch.minimum((pixels.clamp(0, 1) * steps).long(), steps.long() - 1)
+    color = (b[:, 0] * bins[1] + b[:, 1]) * bins[2] + b[:, 2]
+    row, column = (torch.arange(n, device=pixels.device) * grid // n for n in (height, width))
+    index = (row[:, None] * grid + column) * (bins[0] * bins[1] * bins[2]) + color
+    counts = pixels.new_zeros(batch, grid * grid * bins[0] * bins[1] * bins[2])
+    return counts.scatter_add_(1, index.flatten(1), torch.ones_like(pixels[:, 0]).flatten(1)) / (height * width)
 
 # %% ../nbs/04a_encoders.ipynb #802117c3
 @dataclass
@@ -178,6 +172,36 @@ def words(
     "Split a title into words; Chinese, Japanese and Korean characters count as words of their own."
     return re.findall(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W_\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+", title.lower())
 
+# %% ../nbs/04a_encoders.ipynb #6f4399c9
+def weigh_words(
+    titles: Iterable[str],  # titles of the gallery or of the training items, never of the queries
+    max_words: int = 4096,  # keep this many of the most frequent words
+) -> tuple[list[str], list[float]]:  # vocabulary in alphabetical order, weight of each word
+    "Inverse document frequency: log((1 + titles) / (1 + titles with the word)) + 1."
+    sets = [set(words(title)) for title in titles]
+    count = Counter(word for found in sets for word in found)
+    if not count:
+        raise InputError(f"titles: no word in {len(sets)} titles; a bag of words needs titles")
+    kept = sorted(sorted(count, key=lambda word: (-count[word], word))[:max_words])
+    rarity = torch.tensor([(1 + len(sets)) / (1 + count[word]) for word in kept], dtype=torch.float64)
+    return kept, (rarity.log() + 1).tolist()
+
+# %% ../nbs/04a_encoders.ipynb #6b010ef4
+def title_vectors(
+    titles: Sequence[str],
+    vocabulary: Sequence[str],
+    idf: Sequence[float],  # weights of its words
+) -> torch.Tensor:  # [titles, words], unit length; zero where a title has no known word
+    "Counts of known words times their weights."
+    if not vocabulary:
+        raise InputError("TitleWords: no vocabulary yet; call fit(titles) with the gallery's titles first")
+    column = {word: i for i, word in enumerate(vocabulary)}
+    counts = torch.zeros(len(titles), len(vocabulary))
+    for row, title in enumerate(titles):
+        for word in column.keys() & words(title):
+            counts[row, column[word]] = words(title).count(word)
+    return unit(counts * torch.tensor(idf))
+
 # %% ../nbs/04a_encoders.ipynb #2ab182f9
 @dataclass
 class TitleWords(_Simple):
@@ -198,37 +222,6 @@ class TitleWords(_Simple):
 
     def __call__(self, batch: Any) -> torch.Tensor:
         return title_vectors(batch.titles, self.vocabulary, self.idf)
-
-# %% ../nbs/04a_encoders.ipynb #6f4399c9
-def weigh_words(
-    titles: Iterable[str],  # titles of the gallery or of the training items, never of the queries
-    max_words: int = 4096,  # keep this many of the most frequent words
-) -> tuple[list[str], list[float]]:  # vocabulary in alphabetical order, weight of each word
-    "Inverse document frequency: log((1 + titles) / (1 + titles with the word)) + 1."
-    sets = [set(words(title)) for title in titles]
-    count = Counter(word for found in sets for word in found)
-    if not count:
-        raise InputError(f"titles: no word in {len(sets)} titles; a bag of words needs titles")
-    kept = sorted(sorted(count, key=lambda word: (-count[word], word))[:max_words])
-    rarity = torch.tensor([(1 + len(sets)) / (1 + count[word]) for word in kept], dtype=torch.float64)
-    return kept, (rarity.log() + 1).tolist()
-
-# %% ../nbs/04a_encoders.ipynb #3c865269
-def title_vectors(
-    titles: Sequence[str],
-    vocabulary: Sequence[str],
-    idf: Sequence[float],  # weight of each word of the vocabulary
-) -> torch.Tensor:  # [titles, words], unit length; zero where a title has no known word
-    "Counts of known words times their weights."
-    if not vocabulary:
-        raise InputError("TitleWords: no vocabulary yet; call fit(titles) with the gallery's titles first")
-    column = {word: i for i, word in enumerate(vocabulary)}
-    counts = torch.zeros(len(titles), len(vocabulary))
-    for row, title in enumerate(titles):
-        for word in words(title):
-            if word in column:
-                counts[row, column[word]] += 1
-    return unit(counts * torch.tensor(idf))
 
 # %% ../nbs/04a_encoders.ipynb #a7e0814e
 @dataclass
@@ -337,7 +330,7 @@ class ImageEncoder(_Network):
             return encode_pixels(self, batch.pixels)
         return unit(self.head(self.features(batch.contiguous(memory_format=torch.channels_last))))
 
-# %% ../nbs/04a_encoders.ipynb #12611706
+# %% ../nbs/04a_encoders.ipynb #f44e742e
 def _build_backbone(config: EncoderConfig) -> nn.Module:
     "The timm network without its classifier; its weights are random until `fill` is called."
     import timm
@@ -349,7 +342,7 @@ def _build_backbone(config: EncoderConfig) -> nn.Module:
     except TypeError as error:
         raise InputError(f"backbone_args={config.backbone_args}: {config.backbone} does not take them ({error})") from None
 
-
+# %% ../nbs/04a_encoders.ipynb #6a599e17
 def _check_timm_name(name: str) -> None:
     "An unknown name is an error that offers the nearest ones."
     import timm
@@ -357,12 +350,12 @@ def _check_timm_name(name: str) -> None:
     if not timm.is_model(name.split(".")[0]):
         raise InputError(f"backbone {name!r}: unknown to timm{did_you_mean(name, timm.list_models())}")
 
-
+# %% ../nbs/04a_encoders.ipynb #a874f2c3
 def _feature_count(config: EncoderConfig, backbone: nn.Module) -> int:
     "Length of the pooled features; some networks have a layer between pooling and classifier."
     return backbone.head_hidden_size if config.pool == "timm" else backbone.num_features
 
-
+# %% ../nbs/04a_encoders.ipynb #558567b7
 def _build_head(config: EncoderConfig, backbone: nn.Module) -> nn.Module:
     "Projection and neck, or nothing."
     if not config.dim:
@@ -370,8 +363,8 @@ def _build_head(config: EncoderConfig, backbone: nn.Module) -> nn.Module:
     layers = [nn.Linear(_feature_count(config, backbone), config.dim, bias=False)]
     return nn.Sequential(*layers, *([nn.BatchNorm1d(config.dim)] if config.neck else []))
 
-# %% ../nbs/04a_encoders.ipynb #fb6e6b40
-@torch.inference_mode()
+# %% ../nbs/04a_encoders.ipynb #40240b02
+@torch.no_grad()
 def encode_pixels(model: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
     "Vectors of a batch on the CPU, with the model in evaluation mode and on its own device."
     training, device = model.training, next(model.parameters()).device
@@ -381,15 +374,14 @@ def encode_pixels(model: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
     finally:
         model.train(training)
 
-# %% ../nbs/04a_encoders.ipynb #a5d8f236
+# %% ../nbs/04a_encoders.ipynb #859efcb1
 def read_weights(
     path: str | Path,  # a .safetensors file
 ) -> dict[str, torch.Tensor]:  # half-precision tensors come back as float32
     "Read a weights file; only safetensors, because other formats can run code when they are read."
     from safetensors.torch import load_file
 
-    path = Path(path)
-    if not path.is_file():
+    if not (path := Path(path)).is_file():
         raise InputError(f"{path}: no such weights file; check the path")
     if path.suffix != ".safetensors":
         raise InputError(f"{path}: not a .safetensors file; convert it with safetensors.torch.save_file")
@@ -399,7 +391,7 @@ def read_weights(
         raise InputError(f"{path}: not a readable safetensors file ({error}); copy it again") from None
     return {key: t.float() if t.is_floating_point() else t for key, t in tensors.items()}
 
-# %% ../nbs/04a_encoders.ipynb #9d05a058
+# %% ../nbs/04a_encoders.ipynb #09204f24
 def fill(
     model: nn.Module,
     tensors: dict[str, torch.Tensor],  # must name every parameter and buffer of the model
@@ -407,19 +399,22 @@ def fill(
     name: str = "",  # the model's name, for the message
 ) -> nn.Module:
     "Copy weights into a model; anything missing, left over or of another shape is an error."
-    own = model.state_dict()
-    missing, extra = [k for k in own if k not in tensors], [k for k in tensors if k not in own]
-    shapes = [k for k in own if k in tensors and own[k].shape != tensors[k].shape]
-    if missing or extra or shapes:
-        parts = [f"{len(missing)} missing ({_first(missing)})"] if missing else []
-        parts += [f"{len(extra)} of another model ({_first(extra)})"] if extra else []
-        parts += [f"{k}: {list(tensors[k].shape)} where {list(own[k].shape)} is expected" for k in shapes[:2]]
+    if faults := _misfits(model.state_dict(), tensors):
         name = name or model.config.backbone
-        raise InputError(f"{source}: the weights do not fit {name}: {'; '.join(parts)}; name the backbone they belong to")
+        raise InputError(f"{source}: the weights do not fit {name}: {'; '.join(faults)}; name the backbone they belong to")
     model.load_state_dict(tensors)
     return model
 
+# %% ../nbs/04a_encoders.ipynb #f4ee9e5f
+def _misfits(own: dict[str, torch.Tensor], given: dict[str, torch.Tensor]) -> list[str]:
+    "What keeps a file's tensors from filling a model, in words."
+    missing, extra = [k for k in own if k not in given], sorted(k for k in given if k not in own)
+    shapes = [k for k in own if k in given and own[k].shape != given[k].shape]
+    faults = [f"{len(missing)} missing ({_first(missing)})"] if missing else []
+    faults += [f"{len(extra)} of another model ({_first(extra)})"] if extra else []
+    return faults + [f"{k}: {list(given[k].shape)} where {list(own[k].shape)} is expected" for k in shapes[:2]]
 
+# %% ../nbs/04a_encoders.ipynb #089a1a1b
 def _first(keys: list[str], count: int = 3) -> str:
     return ", ".join(keys[:count]) + (", ..." if len(keys) > count else "")
 
@@ -468,7 +463,7 @@ def image_encoder(
     settings = {**defaults, **needs, **options, "weights": origin}
     return _fill_backbone(ImageEncoder(_config_from(EncoderConfig, settings)), tensors, str(file))
 
-# %% ../nbs/04a_encoders.ipynb #77847c2f
+# %% ../nbs/04a_encoders.ipynb #e50906c9
 def _timm_defaults(backbone: str) -> dict[str, Any]:
     "Input size, mean and standard deviation that timm states for the published weights."
     import timm
@@ -478,7 +473,7 @@ def _timm_defaults(backbone: str) -> dict[str, Any]:
         return {"backbone": backbone}
     return {"backbone": backbone, "size": published.input_size[-1], "mean": published.mean, "std": published.std}
 
-
+# %% ../nbs/04a_encoders.ipynb #a0ed4826
 def _has_stem(backbone: str) -> bool:
     "Whether the backbone is of the family (EfficientNet, MobileNet) whose padding can be set."
     import timm
@@ -486,7 +481,7 @@ def _has_stem(backbone: str) -> bool:
     published = timm.get_pretrained_cfg(backbone, allow_unregistered=True)
     return published is not None and published.first_conv == "conv_stem"
 
-
+# %% ../nbs/04a_encoders.ipynb #e853c7ad
 def _config_from(cls: type, settings: dict) -> Any:
     "A configuration from a dictionary; an unknown key is an error that offers the nearest one."
     known = [f.name for f in fields(cls)]
@@ -526,6 +521,23 @@ def _hub_file(repository: str, name: str, advice: str, revision: str | None = No
             f"{repository}: {name} is not in the cache and cannot be downloaded ({type(error).__name__}); "
             f"fetch {address} on a machine with a network and {advice}"
         ) from None
+
+# %% ../nbs/04a_encoders.ipynb #2dec2940
+def vectors_of(
+    encoder: Any,  # any encoder of this chapter
+    catalog: Any,  # a catalogue, usually one split of it
+    batch_size: int = 64,
+    workers: int | None = None,  # processes that decode; None = by the machine
+) -> Any:  # float32 array [items, dim], in the order of the catalogue
+    "Vectors of all items in memory; `embed` of the next chapter does it on disk and can be interrupted."
+    from product_retrieval.data.pictures import PictureLoader
+
+    loader = PictureLoader(catalog, encoder.transform, batch_size=batch_size, workers=workers)
+    parts = [torch.as_tensor(encoder(batch)) for batch in loader]
+    if loader.skipped:
+        item, reason = loader.skipped[0]
+        raise InputError(f"{item}: {reason}; drop the {len(loader.skipped)} unreadable pictures with `catalog check --drop`")
+    return torch.cat(parts).numpy()
 
 # %% ../nbs/04a_encoders.ipynb #1a0d0177
 @dataclass
@@ -574,8 +586,8 @@ class OpenClipEncoder(_Network):
             return unit(self.clip.encode_image(batch))
         return encode_titles(self, batch.titles) if self.config.reads == "text" else encode_pixels(self, batch.pixels)
 
-# %% ../nbs/04a_encoders.ipynb #998811be
-@torch.inference_mode()
+# %% ../nbs/04a_encoders.ipynb #84474058
+@torch.no_grad()
 def encode_titles(model: OpenClipEncoder, titles: Sequence[str]) -> torch.Tensor:
     "Vectors of titles on the CPU, with the model in evaluation mode."
     training = model.training
@@ -585,7 +597,7 @@ def encode_titles(model: OpenClipEncoder, titles: Sequence[str]) -> torch.Tensor
     finally:
         model.train(training)
 
-
+# %% ../nbs/04a_encoders.ipynb #13d5b245
 def _build_clip(config: OpenClipConfig) -> nn.Module:
     "The open_clip model with random weights; fills in `config.architecture` when it is empty."
     import open_clip
@@ -594,14 +606,12 @@ def _build_clip(config: OpenClipConfig) -> nn.Module:
         name, found = config.backbone, open_clip.get_model_config(config.backbone)
         if found is None:
             raise InputError(f"open_clip model {name!r}: unknown{did_you_mean(name, open_clip.list_models())}")
-        config.architecture = found
-        size = found["vision_cfg"].get("image_size", 224)
-        config.size = size if isinstance(size, int) else size[0]
+        config.architecture, config.size = found, _clip_size(found)["size"]
     parts = json.loads(json.dumps(config.architecture))
     custom = parts.pop("custom_text", False) or "hf_model_name" in parts["text_cfg"]
     return (open_clip.CustomTextCLIP if custom else open_clip.CLIP)(**parts)
 
-
+# %% ../nbs/04a_encoders.ipynb #0191fb29
 def _clip_tokenizer(config: OpenClipConfig) -> Any:
     "open_clip's own byte-pair tokenizer, or the Hugging Face one that the text tower names."
     from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
@@ -630,25 +640,30 @@ def open_clip_encoder(
         return _fill_clip(encoder, read_weights(weights), str(weights))
     return _tagged_clip(backbone, pretrained, options)
 
-# %% ../nbs/04a_encoders.ipynb #3f590a5e
+# %% ../nbs/04a_encoders.ipynb #54ae473b
 def _tagged_clip(backbone: str, tag: str | None, options: dict) -> OpenClipEncoder:
     "A CLIP model with published weights."
     import open_clip
 
     published = open_clip.get_pretrained_cfg(backbone, tag) if tag else None
     if not published:
-        tags = open_clip.list_pretrained_tags_by_model(backbone)
-        raise InputError(f"open_clip model {backbone!r}: pretrained tag {tag!r} unknown{did_you_mean(tag or '', tags)}")
+        near = did_you_mean(tag or "", open_clip.list_pretrained_tags_by_model(backbone))
+        raise InputError(f"open_clip model {backbone!r}: pretrained tag {tag!r} unknown{near}")
     architecture = open_clip.get_model_config(backbone)
     if published.get("quick_gelu"):
         architecture["quick_gelu"] = True
     settings = {key: published[key] for key in ("mean", "std") if key in published}
-    size = architecture["vision_cfg"].get("image_size", 224)
-    settings |= {"backbone": backbone, "architecture": architecture, "size": size, "weights": f"open_clip/{tag}"}
+    settings |= {"backbone": backbone, "architecture": architecture, "weights": f"open_clip/{tag}", **_clip_size(architecture)}
     file = _clip_file(backbone, tag, published)
     return _fill_clip(OpenClipEncoder(_config_from(OpenClipConfig, {**settings, **options})), read_weights(file), str(file))
 
+# %% ../nbs/04a_encoders.ipynb #f1b39e76
+def _clip_size(architecture: dict) -> dict[str, int]:
+    "Pixels per side of the pictures that an architecture reads."
+    size = architecture["vision_cfg"].get("image_size", 224)
+    return {"size": size if isinstance(size, int) else size[0]}
 
+# %% ../nbs/04a_encoders.ipynb #882d863e
 def _clip_file(backbone: str, tag: str, published: dict) -> Path:
     "The weights file: our cache, then the Hub."
     local = cache_dir() / "weights" / f"open_clip-{backbone}-{tag}.safetensors"
@@ -660,7 +675,7 @@ def _clip_file(backbone: str, tag: str, published: dict) -> Path:
         raise InputError(f"{backbone}/{tag}: published as a pickled file only ({published.get('url')}); convert it and {advice}")
     return _hub_file(repository, name or "open_clip_model.safetensors", advice)
 
-
+# %% ../nbs/04a_encoders.ipynb #fdffedcf
 def _fill_clip(encoder: OpenClipEncoder, tensors: dict, source: str) -> OpenClipEncoder:
     "Copy a CLIP checkpoint; our own files carry the prefix `clip.`."
     if not any(key.startswith("clip.") for key in tensors):
@@ -668,26 +683,100 @@ def _fill_clip(encoder: OpenClipEncoder, tensors: dict, source: str) -> OpenClip
     own = encoder.state_dict()
     return fill(encoder, {key: value for key, value in tensors.items() if key in own or "position_ids" not in key}, source)
 
-# %% ../nbs/04a_encoders.ipynb #2dec2940
-def vectors_of(
-    encoder: Any,  # any encoder of this chapter
-    catalog: Any,  # a catalogue, usually one split of it
-    batch_size: int = 64,
-    workers: int | None = None,  # processes that decode; None = by the machine
-) -> Any:  # float32 array [items, dim], in the order of the catalogue
-    "Vectors of all items in memory; `embed` of the next chapter does it on disk and can be interrupted."
-    from product_retrieval.data.pictures import PictureLoader
+# %% ../nbs/04a_encoders.ipynb #0d8facd6
+def _write_folder(encoder: Any, folder: Path, card: str) -> Path:
+    "The folder in the Hub's layout."
+    from safetensors.torch import save_file
 
-    loader = PictureLoader(catalog, encoder.transform, batch_size=batch_size, workers=workers)
-    parts = [torch.as_tensor(encoder(batch)) for batch in loader]
-    if loader.skipped:
-        item, reason = loader.skipped[0]
-        raise InputError(f"{item}: {reason}; drop the {len(loader.skipped)} unreadable pictures with `catalog check --drop`")
-    return torch.cat(parts).numpy()
+    if folder.exists() and any(folder.iterdir()) and not (folder / "config.json").is_file():
+        raise InputError(f"{folder}: holds other files and no config.json; choose another folder")
+    settings, tensors = encoder.settings(), encoder.tensors()
+    with atomic_folder(folder, replace=True) as new:
+        preprocessing = {key: settings.pop(key) for key in _PREPROCESSING if key in settings}
+        write_json(new / "config.json", {"encoder": type(encoder).__name__, "format": 1, **settings})
+        write_json(new / "preprocessor_config.json", preprocessing)
+        if tensors:
+            save_file(tensors, new / "model.safetensors", metadata={"format": "pt"})
+        (new / "README.md").write_text(model_card(encoder, card), encoding="utf-8")
+    return folder
+
+# %% ../nbs/04a_encoders.ipynb #df27e270
+_CARD = """---
+library_name: product_retrieval
+pipeline_tag: image-feature-extraction
+tags: [product-retrieval, embeddings]
+---
+
+# {name}
+
+Vectors of {dim} numbers and length 1 for product retrieval; compare them by dot product.
+Encoder: `{kind}`. Starting weights: {weights}. Input: {input}.
+
+```python
+from product_retrieval.encoders import load_encoder
+encoder = load_encoder("this folder or repository")
+```
+
+{card}
+"""
+
+# %% ../nbs/04a_encoders.ipynb #291113b1
+def model_card(encoder: Any, text: str = "") -> str:
+    "README.md of a saved encoder."
+    weights = getattr(getattr(encoder, "config", None), "weights", "none, nothing is trained")
+    size = f"RGB pictures, {encoder.size} x {encoder.size} pixels" if encoder.size else "titles"
+    facts = {"name": encoder.name, "dim": encoder.dim, "kind": type(encoder).__name__, "weights": weights}
+    return _CARD.format(**facts, input=size, card=text).rstrip() + "\n"
 
 # %% ../nbs/04a_encoders.ipynb #9ea8bac5
 _KINDS = {kind.__name__: kind for kind in (ColorHistogram, RawPixels, TitleWords, ImageEncoder, OpenClipEncoder)}
 _BASELINES = {"color-histogram": ColorHistogram, "raw-pixels": RawPixels, "title-words": TitleWords}
+
+# %% ../nbs/04a_encoders.ipynb #91710dcf
+def _read_folder(folder: Path, cls: type) -> Any:
+    "An encoder from a folder; `cls` is what the caller expects."
+    settings = {**read_json(folder / "config.json"), **read_json(folder / "preprocessor_config.json")}
+    kind = _KINDS.get(settings.pop("encoder", ""))
+    if kind is None:
+        raise InputError(f"{folder}/config.json: no encoder of ours; expected \"encoder\": one of {', '.join(_KINDS)}")
+    if not issubclass(kind, cls):
+        raise InputError(f"{folder}: holds a {kind.__name__}, not a {cls.__name__}; use load_encoder")
+    if settings.pop("format", 1) != 1:
+        raise InputError(f"{folder}/config.json: written by a newer version; upgrade product_retrieval")
+    file = folder / "model.safetensors"
+    tensors = read_weights(file) if issubclass(kind, nn.Module) else {}
+    return kind.rebuild(settings, tensors)
+
+# %% ../nbs/04a_encoders.ipynb #46f9cd91
+_FILES = ("config.json", "preprocessor_config.json", "model.safetensors", "README.md")
+
+# %% ../nbs/04a_encoders.ipynb #c57dd117
+def _find_folder(name: str, revision: str | None) -> Path:
+    "A local folder, or a snapshot of a repository of the Hub."
+    if Path(name).is_dir():
+        return Path(name)
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise InputError(f"{name}: no such folder; expected a saved encoder or owner/name on the Hugging Face Hub")
+    advice = f"keep the folder of {name} there, then load it by its path"
+    first = _hub_file(name, "config.json", advice, revision)
+    needs = read_json(first).get("encoder") in ("ImageEncoder", "OpenClipEncoder")
+    for file in ("preprocessor_config.json", *(["model.safetensors"] if needs else [])):
+        _hub_file(name, file, advice, revision)
+    return first.parent
+
+# %% ../nbs/04a_encoders.ipynb #980c03a3
+def _publish(encoder: Any, repository: str, private: bool, card: str, token: str | None) -> str:
+    "Upload the folder; nothing is uploaded before it is complete."
+    import tempfile
+
+    from huggingface_hub import HfApi
+
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = encoder.save_pretrained(Path(scratch) / "model", card)
+        api = HfApi(token=token)
+        address = api.create_repo(repository, private=private, exist_ok=True)
+        api.upload_folder(repo_id=repository, folder_path=folder, allow_patterns=list(_FILES))
+    return str(address)
 
 # %% ../nbs/04a_encoders.ipynb #ff991d82
 def load_encoder(
@@ -718,95 +807,3 @@ def _check_name(name: str) -> None:
         raise InputError(f"{name}: no config.json in this folder; expected an encoder saved by save_pretrained")
     if not timm.is_model(name.split(".")[0]):
         raise InputError(f"encoder {name!r}: unknown{did_you_mean(name, [*_BASELINES, *timm.list_models()])}")
-
-# %% ../nbs/04a_encoders.ipynb #e67ed2c9
-def _write_folder(encoder: Any, folder: Path, card: str) -> Path:
-    "The folder in the Hub's layout."
-    from safetensors.torch import save_file
-
-    ours = (folder / "config.json").is_file() or not folder.exists() or not any(folder.iterdir())
-    if not ours:
-        raise InputError(f"{folder}: holds other files and no config.json; choose another folder")
-    settings, tensors = encoder.settings(), encoder.tensors()
-    with atomic_folder(folder, replace=True) as new:
-        preprocessing = {key: settings.pop(key) for key in _PREPROCESSING if key in settings}
-        write_json(new / "config.json", {"encoder": type(encoder).__name__, "format": 1, **settings})
-        write_json(new / "preprocessor_config.json", preprocessing)
-        if tensors:
-            save_file(tensors, new / "model.safetensors", metadata={"format": "pt"})
-        (new / "README.md").write_text(model_card(encoder, card), encoding="utf-8")
-    return folder
-
-# %% ../nbs/04a_encoders.ipynb #91710dcf
-def _read_folder(folder: Path, cls: type) -> Any:
-    "An encoder from a folder; `cls` is what the caller expects."
-    settings = {**read_json(folder / "config.json"), **read_json(folder / "preprocessor_config.json")}
-    kind = _KINDS.get(settings.pop("encoder", ""))
-    if kind is None:
-        raise InputError(f"{folder}/config.json: no encoder of ours; expected \"encoder\": one of {', '.join(_KINDS)}")
-    if not issubclass(kind, cls):
-        raise InputError(f"{folder}: holds a {kind.__name__}, not a {cls.__name__}; use load_encoder")
-    if settings.pop("format", 1) != 1:
-        raise InputError(f"{folder}/config.json: written by a newer version; upgrade product_retrieval")
-    file = folder / "model.safetensors"
-    tensors = read_weights(file) if issubclass(kind, nn.Module) else {}
-    return kind.rebuild(settings, tensors)
-
-# %% ../nbs/04a_encoders.ipynb #511c8dca
-_FILES = ("config.json", "preprocessor_config.json", "model.safetensors", "README.md")
-
-
-def _find_folder(name: str, revision: str | None) -> Path:
-    "A local folder, or a snapshot of a repository of the Hub."
-    if Path(name).is_dir():
-        return Path(name)
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise InputError(f"{name}: no such folder; expected a saved encoder or owner/name on the Hugging Face Hub")
-    advice = f"keep the folder of {name} there, then load it by its path"
-    first = _hub_file(name, "config.json", advice, revision)
-    needs = read_json(first).get("encoder") in ("ImageEncoder", "OpenClipEncoder")
-    for file in ("preprocessor_config.json", *(["model.safetensors"] if needs else [])):
-        _hub_file(name, file, advice, revision)
-    return first.parent
-
-
-def _publish(encoder: Any, repository: str, private: bool, card: str, token: str | None) -> str:
-    "Upload the folder; nothing is uploaded before it is complete."
-    import tempfile
-
-    from huggingface_hub import HfApi
-
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = encoder.save_pretrained(Path(scratch) / "model", card)
-        api = HfApi(token=token)
-        address = api.create_repo(repository, private=private, exist_ok=True)
-        api.upload_folder(repo_id=repository, folder_path=folder, allow_patterns=list(_FILES))
-    return str(address)
-
-# %% ../nbs/04a_encoders.ipynb #d834b993
-_CARD = """---
-library_name: product_retrieval
-pipeline_tag: image-feature-extraction
-tags: [product-retrieval, embeddings]
----
-
-# {name}
-
-Vectors of {dim} numbers and length 1 for product retrieval; compare them by dot product.
-Encoder: `{kind}`. Starting weights: {weights}. Input: {input}.
-
-```python
-from product_retrieval.encoders import load_encoder
-encoder = load_encoder("this folder or repository")
-```
-
-{card}
-"""
-
-
-def model_card(encoder: Any, text: str = "") -> str:
-    "README.md of a saved encoder."
-    weights = getattr(getattr(encoder, "config", None), "weights", "none, nothing is trained")
-    size = f"RGB pictures, {encoder.size} x {encoder.size} pixels" if encoder.size else "titles"
-    facts = {"name": encoder.name, "dim": encoder.dim, "kind": type(encoder).__name__, "weights": weights}
-    return _CARD.format(**facts, input=size, card=text).rstrip() + "\n"
