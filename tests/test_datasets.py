@@ -144,6 +144,13 @@ def test_fetch_file_starts_over_when_the_server_cannot_resume(server, tmp_path):
     assert server.asked[1][1] is None
 
 
+def test_fetch_file_gives_up_on_a_server_that_cuts_and_cannot_resume(server, tmp_path):
+    server.files["/a.bin"], server.faults["/a.bin"], server.ranges = b"x" * 100_000, "cut", False
+    with pytest.raises(InputError, match=r"run again to go on"):
+        d.fetch_file(server.url + "/a.bin", tmp_path / "a.bin", polite=HASTY)
+    assert len(server.asked) == HASTY.retries + 1
+
+
 def test_fetch_file_checks_size_and_content(server, tmp_path):
     server.files["/a.bin"] = b"hello"
     with pytest.raises(InputError, match=r"5 bytes where 6 are expected"):

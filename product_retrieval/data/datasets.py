@@ -191,7 +191,7 @@ def _quoted(url: str) -> str:
     "The address with spaces and letters outside ASCII percent-encoded."
     return urllib.parse.quote(url, safe="%/:=&?~#+!$,;'@()*[]")
 
-# %% ../../nbs/01b_datasets.ipynb #93f03714
+# %% ../../nbs/01b_datasets.ipynb #150dba81
 def _fetch_with_retries(url: str, part: Path, polite: Polite, progress: Callable | None) -> None:
     "Fetch into `part`, from where it ends; progress resets the count of failures."
     attempt = 0
@@ -202,7 +202,7 @@ def _fetch_with_retries(url: str, part: Path, polite: Polite, progress: Callable
         except _PASSING_ERRORS as error:
             if isinstance(error, urllib.error.HTTPError) and error.code not in _PASSING:
                 raise InputError(f"{url}: the server says {error.code} {error.reason}; check the address") from None
-            grown = part.exists() and part.stat().st_size > before
+            grown = _stamp(part).exists() and part.stat().st_size > before
             attempt = 1 if grown else attempt + 1
             if attempt > polite.retries:
                 here = human_size(before)
