@@ -209,7 +209,8 @@ def test_load_shelf_draws_once(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_kill_leaves_no_half_shelf(tmp_path, workers):
-    code = "import sys; from product_retrieval.data.shelf import draw_shelf; draw_shelf(sys.argv[1], 'small', workers=int(sys.argv[2]))"
+    call = "draw_shelf(sys.argv[1], 'small', workers=int(sys.argv[2]))"
+    code = f"import sys; from product_retrieval.data.shelf import draw_shelf; {call}"
     folder = tmp_path / "shelf"
     child = subprocess.Popen([sys.executable, "-c", code, str(folder), str(workers)])
     deadline = time.time() + 30
