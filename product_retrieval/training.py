@@ -31,12 +31,12 @@ else:
     import tomli as tomllib
 
 # %% auto #0
-__all__ = ['MemoryBatches', 'map_batch', 'batch_size', 'to_device', 'embed_batches', 'retrieval_validation', 'TrainConfig',
+__all__ = ['MemoryBatches', 'map_batch', 'items_in', 'to_device', 'embed_batches', 'retrieval_validation', 'TrainConfig',
            'load_recipe', 'from_table', 'Plan', 'make_plan', 'decays', 'rate_factor', 'parameter_groups', 'Task',
-           'rate_at', 'update_average', 'decay_at', 'share_of', 'shares_from', 'every_batch', 'groups_from', 'Run',
-           'new_run', 'use_bf16', 'train_step', 'accumulate_gradients', 'learning_rate', 'seed_step', 'checkpoints',
+           'rate_at', 'update_average', 'decay_at', 'share_of', 'shares_from', 'every_batch', 'Run', 'new_run',
+           'groups_from', 'use_bf16', 'train_step', 'accumulate_gradients', 'current_rate', 'seed_step', 'checkpoints',
            'CsvLog', 'read_log', 'save_checkpoint', 'delivered', 'optimizer_tensors', 'restore_optimizer',
-           'load_checkpoint', 'run_validation', 'judge', 'fit', 'validate_if_due', 'save_if_due', 'History',
+           'load_checkpoint', 'run_validation', 'judge', 'History', 'fit', 'validate_if_due', 'save_if_due',
            'plot_history']
 
 # %% ../nbs/05a_training.ipynb #cd89beb6
@@ -82,8 +82,8 @@ def _fields(batch: Any) -> list:
     map_batch(lambda value: values.append(value) or value, batch)
     return values
 
-# %% ../nbs/05a_training.ipynb #f07ff4bf
-def batch_size(batch: Any) -> int:
+# %% ../nbs/05a_training.ipynb #81cc02d3
+def items_in(batch: Any) -> int:
     "The number of items in a batch: the length of its first tensor."
     for value in _fields(batch):
         if torch.is_tensor(value) and value.ndim:
@@ -355,10 +355,10 @@ def decay_at(step: int, decay: float) -> float:
     "A shorter memory for the first steps, so that the average forgets the random start."
     return min(decay, (1 + step) / (10 + step))
 
-# %% ../nbs/05a_training.ipynb #e860b9a1
+# %% ../nbs/05a_training.ipynb #573c9c8d
 def share_of(batch: Any, process: int, processes: int) -> tuple[Any, int]:
     "This process's part of a global batch and its number of items; an empty part borrows one item and counts 0."
-    size = batch_size(batch)
+    size = items_in(batch)
     start, end = size * process // processes, size * (process + 1) // processes
     first, last = (start, end) if end > start else (0, 1)
 
@@ -368,7 +368,7 @@ def share_of(batch: Any, process: int, processes: int) -> tuple[Any, int]:
 
     return map_batch(cut, batch), end - start
 
-# %% ../nbs/05a_training.ipynb #a21da6f9
+# %% ../nbs/05a_training.ipynb #b597f768
 def shares_from(batches: Any, epoch: int, start: int, process: int = 0, processes: int = 1) -> Iterator[tuple[Any, int]]:
     "This process's share of every batch of the epoch from number `start` on, each with its number of items."
     sharded = tuple(getattr(batches, "shard", (0, 1))) != (0, 1)
@@ -376,7 +376,7 @@ def shares_from(batches: Any, epoch: int, start: int, process: int = 0, processe
         if batch is None:
             yield next(iter(batches.iter_from(0))), 0
         else:
-            yield (batch, batch_size(batch)) if sharded else share_of(batch, process, processes)
+            yield (batch, items_in(batch)) if sharded else share_of(batch, process, processes)
 
 # %% ../nbs/05a_training.ipynb #aaab520d
 def every_batch(batches: Any, epoch: int, start: int) -> Iterator:
@@ -391,18 +391,6 @@ def every_batch(batches: Any, epoch: int, start: int) -> Iterator:
         at += 1
         yield batch
     yield from [None] * (len(batches) - at)
-
-# %% ../nbs/05a_training.ipynb #d7fdb39a
-def groups_from(run: Run, batches: Any) -> Iterator[list]:
-    "For each step that is still to do: the batches (with item counts) that it sees."
-    process, processes, size = run.accelerator.process_index, run.accelerator.num_processes, run.config.accumulate
-    for step in itertools.count(run.step):
-        epoch, inside = divmod(step, run.plan.steps_per_epoch)
-        if inside == 0 or step == run.step:
-            stream = shares_from(batches, epoch, inside * size, process, processes)
-        if step >= run.plan.total:
-            return
-        yield list(itertools.islice(stream, size))
 
 # %% ../nbs/05a_training.ipynb #c2b07851
 def _check_batches(batches: Any) -> None:
@@ -460,6 +448,18 @@ def _accelerator(device: str) -> Any:
         AcceleratorState._reset_state(reset_partial_state=True)
     return Accelerator(cpu=pick_device(device) == "cpu", mixed_precision="no")
 
+# %% ../nbs/05a_training.ipynb #d7fdb39a
+def groups_from(run: Run, batches: Any) -> Iterator[list]:
+    "For each step that is still to do: the batches (with item counts) that it sees."
+    process, processes, size = run.accelerator.process_index, run.accelerator.num_processes, run.config.accumulate
+    for step in itertools.count(run.step):
+        epoch, inside = divmod(step, run.plan.steps_per_epoch)
+        if inside == 0 or step == run.step:
+            stream = shares_from(batches, epoch, inside * size, process, processes)
+        if step >= run.plan.total:
+            return
+        yield list(itertools.islice(stream, size))
+
 # %% ../nbs/05a_training.ipynb #e44049c3
 def use_bf16(precision: str, device: str) -> bool:
     "Whether to compute in bf16; `auto` says yes where the hardware multiplies matrices in it."
@@ -469,18 +469,18 @@ def use_bf16(precision: str, device: str) -> bool:
         return torch.cuda.is_bf16_supported()
     return torch.device(device).type == "cpu" and torch.cpu._is_amx_tile_supported()
 
-# %% ../nbs/05a_training.ipynb #d63edfe9
+# %% ../nbs/05a_training.ipynb #d07b4d50
 def train_step(run: Run, group: list) -> dict[str, float]:
     "One optimizer step on the batches of `group`; returns what the log shows."
     run.task.train()
     for settings in run.optimizer.param_groups:
-        settings["lr"] = settings["factor"] * learning_rate(run)
+        settings["lr"] = settings["factor"] * current_rate(run)
     run.optimizer.zero_grad()
     values = accumulate_gradients(run, group)
     clip = run.config.clip or math.inf
     norm = float(run.accelerator.clip_grad_norm_(run.task.parameters(), clip))
     _check_finite(run, group, {**values, "gradient_norm": norm})
-    row = {**values, "learning_rate": learning_rate(run), "gradient_norm": norm}
+    row = {**values, "learning_rate": current_rate(run), "gradient_norm": norm}
     run.optimizer.step()
     _after_step(run)
     return row
@@ -506,8 +506,8 @@ def _over_processes(run: Run, totals: Mapping[str, Any]) -> dict[str, float]:
     stacked = torch.stack([torch.as_tensor(v, dtype=torch.float32, device=run.accelerator.device) for v in totals.values()])
     return dict(zip(totals, run.accelerator.reduce(stacked, reduction="sum").tolist(), strict=True))
 
-# %% ../nbs/05a_training.ipynb #2598cf16
-def learning_rate(run: Run) -> float:
+# %% ../nbs/05a_training.ipynb #1fd62ad1
+def current_rate(run: Run) -> float:
     "The learning rate of the step that comes."
     return run.config.learning_rate * rate_at(run.step, run.plan.total, run.plan.warmup, run.config.final_rate)
 
@@ -660,7 +660,7 @@ def _keep_best(run: Run, new: Path, improved: bool) -> None:
         except OSError:
             shutil.copyfile(former, new / "best.safetensors")
 
-# %% ../nbs/05a_training.ipynb #6d97ee12
+# %% ../nbs/05a_training.ipynb #3cab6524
 _PROGRESS = ("step", "best", "best_step", "waited", "done")
 
 
@@ -668,20 +668,7 @@ def _progress(run: Run) -> dict:
     "Where the run stands."
     return {name: getattr(run, name) for name in _PROGRESS}
 
-
-def _identity(run: Run) -> dict:
-    "What a run must share with a checkpoint to go on from it."
-    return {"config": asdict(run.config), "plan": asdict(run.plan), "processes": run.accelerator.num_processes}
-
-# %% ../nbs/05a_training.ipynb #777b72a9
-_PROGRESS = ("step", "best", "best_step", "waited", "done")
-
-
-def _progress(run: Run) -> dict:
-    "Where the run stands."
-    return {name: getattr(run, name) for name in _PROGRESS}
-
-
+# %% ../nbs/05a_training.ipynb #d63f1961
 def _identity(run: Run) -> dict:
     "What a run must share with a checkpoint to go on from it."
     return {"config": asdict(run.config), "plan": asdict(run.plan), "processes": run.accelerator.num_processes}
@@ -701,7 +688,7 @@ def _to_disk(folder: Path) -> None:
         with open(path, "rb") as file:
             os.fsync(file.fileno())
 
-# %% ../nbs/05a_training.ipynb #8d27453b
+# %% ../nbs/05a_training.ipynb #2bfb6239
 _FULL = ("[Errno 28]", "[Errno 27]", "[Errno 122]", "os error 28", "os error 27", "os error 122")
 
 
@@ -716,7 +703,7 @@ def _clear_disk_errors(folder: Path) -> Iterator[None]:
         if not any(sign in str(error) for sign in _FULL):
             raise
         free = human_size(shutil.disk_usage(folder).free)
-        raise InputError(f"{folder}: the disk is full ({free} free); {_last_good(folder)}; "
+        raise InputError(f"{folder}: the disk is full ({free} free after tidying up); {_last_good(folder)}; "
                          "free some space and start the same run again to go on") from error
 
 # %% ../nbs/05a_training.ipynb #69ac6233
@@ -814,7 +801,32 @@ def _deciding(config: TrainConfig, values: Mapping[str, float]) -> str:
         raise InputError(f"metric = {name!r}: validation does not give it{did_you_mean(name, values)}")
     return name
 
-# %% ../nbs/05a_training.ipynb #9cf9c8d5
+# %% ../nbs/05a_training.ipynb #e68057a0
+@dataclass
+class History:
+    "What a run leaves: where it is, how far it went, its best validation value."
+
+    folder: Path
+    steps: int  # steps done
+    planned: int  # steps the plan had; more than `steps` after an early stop
+    best: float | None = None  # best validation value
+    best_step: int = 0
+
+    def __str__(self) -> str:
+        best = "" if self.best is None else f", best value {self.best:.4f} at step {self.best_step}"
+        return f"{self.folder}: {self.steps} of {self.planned} steps{best}"
+
+    @property
+    def train(self) -> Any:
+        "The training log: a DataFrame with one row a step."
+        return read_log(self.folder / "train.csv")
+
+    @property
+    def validation(self) -> Any:
+        "The validation log: a DataFrame with one row a validation."
+        return read_log(self.folder / "validation.csv")
+
+# %% ../nbs/05a_training.ipynb #e773a329
 def fit(
     model: nn.Module,  # changed in place; at the end it holds the best weights
     objective: Callable,  # (model, batch) -> loss, or a dict with "loss" and other values for the log
@@ -824,7 +836,7 @@ def fit(
     validate: Callable | None = None,  # model -> {"MAR@10": 0.5, ...}, larger is better
     resume: bool = True,  # go on from the checkpoint in `out` if there is one
 ) -> History:
-    "Train `model`; the same call goes on where a killed or stopped run left off."
+    "Train `model`; the same call goes on where a killed or stopped run left off. Parameters of the objective train too."
     run = _start(model, objective, batches, config or TrainConfig(), Path(out), resume)
     with _clear_disk_errors(run.folder), _open(run) as (logs, bar, asked):
         for group in () if run.done else groups_from(run, batches):
@@ -949,31 +961,6 @@ def _finish(run: Run) -> History:
             os.replace(part, run.folder / "model.safetensors")
     run.accelerator.wait_for_everyone()
     return History(run.folder, run.step, run.plan.total, run.best, run.best_step)
-
-# %% ../nbs/05a_training.ipynb #e68057a0
-@dataclass
-class History:
-    "What a run leaves: where it is, how far it went, its best validation value."
-
-    folder: Path
-    steps: int  # steps done
-    planned: int  # steps the plan had; more than `steps` after an early stop
-    best: float | None = None  # best validation value
-    best_step: int = 0
-
-    def __str__(self) -> str:
-        best = "" if self.best is None else f", best value {self.best:.4f} at step {self.best_step}"
-        return f"{self.folder}: {self.steps} of {self.planned} steps{best}"
-
-    @property
-    def train(self) -> Any:
-        "The training log: a DataFrame with one row a step."
-        return read_log(self.folder / "train.csv")
-
-    @property
-    def validation(self) -> Any:
-        "The validation log: a DataFrame with one row a validation."
-        return read_log(self.folder / "validation.csv")
 
 # %% ../nbs/05a_training.ipynb #260b00e2
 def plot_history(history: History, axes: Any = None) -> Any:

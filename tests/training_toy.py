@@ -1,4 +1,4 @@
-"A training run small enough to be killed twenty times: the tiny shelf, 32 pixels, one convolution. Also a script for `accelerate launch`."
+"A training run small enough to be killed twenty times: the tiny shelf, one convolution. Also a script for `torchrun`."
 
 from __future__ import annotations
 
@@ -52,8 +52,9 @@ def parts(dropout: float = 0.2, batch_size: int = 10):
 
 def config(**changes) -> TrainConfig:
     "Four epochs of three steps, with everything switched on."
-    return TrainConfig(**{**dict(epochs=4, learning_rate=0.01, accumulate=2, ema=0.8, validate_every=2, checkpoint_every=1,
-                                 device="cpu", tensorboard=False, rates={"objective": 2.0}), **changes})
+    settings = {"epochs": 4, "learning_rate": 0.01, "accumulate": 2, "ema": 0.8, "validate_every": 2, "checkpoint_every": 1,
+                "device": "cpu", "tensorboard": False, "rates": {"objective": 2.0}}
+    return TrainConfig(**{**settings, **changes})
 
 
 def without_dropout(folder: Path):
