@@ -370,7 +370,7 @@ def take_picture(canvas: Image.Image, light: float, rng, config: CameraConfig) -
     pixels = pixels * np.clip(gain, 0.45, 1.35)[..., None] * cast + rng.normal(0, config.grain, (size, size, 1))
     return Image.fromarray((np.clip(pixels, 0, 1) * 255 + 0.5).astype(np.uint8))
 
-# %% ../../nbs/02c_shelf.ipynb #6a5d1dd0
+# %% ../../nbs/02c_shelf.ipynb #2e789da7
 def true_boxes(scene: list[Placed], cover: Image.Image | None, size: int) -> list[tuple[float, tuple[float, ...]]]:
     "For each pack the share that is seen and its box (left, top, right, bottom), clipped, in shares of the side."
     seen, found = np.zeros((size, size), bool), []
@@ -382,7 +382,7 @@ def true_boxes(scene: list[Placed], cover: Image.Image | None, size: int) -> lis
         mask, whole = np.asarray(mask) > 127, np.asarray(placed.picture.getchannel("A")) > 127
         rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
         box = (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1) if len(rows) else (0, 0, 0, 0)
-        found.append(((mask & ~seen).sum() / max(whole.sum(), 1), tuple(float(b) / size for b in box)))
+        found.append((float((mask & ~seen).sum() / max(whole.sum(), 1)), tuple(float(b) / size for b in box)))
         seen |= mask
     return found[::-1]
 
