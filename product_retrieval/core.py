@@ -16,8 +16,8 @@ from typing import IO, Any
 
 # %% auto #0
 __all__ = ['LIBRARIES', 'FEATURES', 'InputError', 'did_you_mean', 'atomic_file', 'atomic_folder', 'write_json', 'read_json',
-           'sha256_of', 'human_size', 'cache_dir', 'quick', 'pick_device', 'seed_everything', 'require', 'recipe_path',
-           'examine']
+           'sha256_of', 'human_size', 'cache_dir', 'quick', 'pick_device', 'seed_everything', 'require', 'only_one',
+           'recipe_path', 'examine']
 
 # %% ../nbs/00b_house.ipynb #1533f526
 class InputError(ValueError):
@@ -37,7 +37,7 @@ def did_you_mean(
     shown = ", ".join(known[:12]) + (", ..." if len(known) > 12 else "")
     return f"; known names: {shown}" if known else "; nothing is known under any name"
 
-# %% ../nbs/00b_house.ipynb #d18dc0e3
+# %% ../nbs/00b_house.ipynb #6f90c15e
 @contextmanager
 def atomic_file(
     path: str | Path,  # the final name
@@ -45,6 +45,8 @@ def atomic_file(
 ) -> Iterator[IO]:
     "Open a temporary file beside `path`; on success it takes the final name, on any error it vanishes."
     path = Path(path)
+    if not path.name or path.is_dir():
+        raise InputError(f"{path}: is a folder, expected the name of a file to write")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -56,7 +58,7 @@ def atomic_file(
     finally:
         temporary.unlink(missing_ok=True)
 
-# %% ../nbs/00b_house.ipynb #63c89661
+# %% ../nbs/00b_house.ipynb #a297fa02
 @contextmanager
 def atomic_folder(
     path: str | Path,  # the final name
@@ -64,16 +66,38 @@ def atomic_folder(
 ) -> Iterator[Path]:
     "Yield an empty temporary folder beside `path`; on success it takes the final name, on any error it vanishes."
     path = Path(path)
-    if path.exists() and not replace:
+    if not path.name or path.name == "..":
+        raise InputError(f"{str(path)!r}: names no folder of its own; name a new folder to write")
+    if path.is_file() or (path.exists() and not replace):
         raise InputError(f"{path}: exists already; choose another folder or delete it first")
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
+    _sweep(path)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.{os.getpid()}.", suffix=".part", dir=path.parent))
     try:
         yield temporary
         temporary.chmod(0o755)
         _swap_in(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+# %% ../nbs/00b_house.ipynb #ac533c17
+def _sweep(path: Path) -> None:
+    "Remove temporary folders of `path` whose process is gone."
+    for left in path.parent.glob(f".{path.name}.*.part"):
+        number = left.name.removeprefix(f".{path.name}.").split(".")[0]
+        if left.is_dir() and number.isdigit() and not _alive(int(number)):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _alive(process: int) -> bool:
+    "Whether a process of this number exists."
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
 
 # %% ../nbs/00b_house.ipynb #278974ff
 def _swap_in(new: Path, path: Path) -> None:
@@ -90,7 +114,7 @@ def _swap_in(new: Path, path: Path) -> None:
         raise
     shutil.rmtree(old, ignore_errors=True)
 
-# %% ../nbs/00b_house.ipynb #98a5f9d3
+# %% ../nbs/00b_house.ipynb #9e5921dc
 def write_json(path: str | Path, content: Any) -> None:
     "Write `content` as readable JSON, atomically."
     with atomic_file(path, "w") as file:
@@ -98,14 +122,20 @@ def write_json(path: str | Path, content: Any) -> None:
         file.write("\n")
 
 
-def read_json(path: str | Path) -> Any:
-    "Read JSON; a missing or broken file is an `InputError` that names it."
+def read_json(
+    path: str | Path,
+    kind: type = object,  # what the file must hold, for example dict or list
+) -> Any:
+    "Read JSON; a missing or broken file, or one of another kind, is an `InputError` that names it."
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
         raise InputError(f"{path}: not found; check the path") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not valid JSON ({error}); write the file again") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise InputError(f"{path}: not valid JSON ({str(error)[:80]}); write the file again") from None
+    if not isinstance(content, kind):
+        raise InputError(f"{path}: holds a {type(content).__name__}, expected a {kind.__name__}; write the file again")
+    return content
 
 # %% ../nbs/00b_house.ipynb #7279dbf8
 def sha256_of(path: str | Path) -> str:
@@ -130,12 +160,15 @@ def _slow_sha256(file: IO) -> str:
         digest.update(block)
     return digest.hexdigest()
 
-# %% ../nbs/00b_house.ipynb #5406d484
+# %% ../nbs/00b_house.ipynb #a56cedf5
 def cache_dir() -> Path:
     "The cache folder, created when missing: `$PRODUCT_RETRIEVAL_CACHE`, else `~/.cache/product_retrieval`."
     root = os.environ.get("PRODUCT_RETRIEVAL_CACHE")
     path = Path(root).expanduser() if root else Path.home() / ".cache" / "product_retrieval"
-    path.mkdir(parents=True, exist_ok=True)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise InputError(f"PRODUCT_RETRIEVAL_CACHE={path}: is a file, expected a folder; name another one") from None
     return path
 
 
@@ -185,6 +218,30 @@ def require(
         return importlib.import_module(module)
     except ImportError as error:
         raise InputError(f"{feature} needs {module}, which is not installed; run: pip install {package or module}") from error
+
+# %% ../nbs/00b_house.ipynb #87a1c7eb
+@contextmanager
+def only_one(
+    mark: str | Path,  # the file that says "taken"
+    what: str,  # what goes on, for the message: "a training"
+) -> Iterator[None]:
+    "Run the body while no other living process does; the second one gets an `InputError`."
+    mark = Path(mark)
+    while True:
+        try:
+            mark.touch(exist_ok=False)
+            break
+        except FileExistsError:
+            owner = mark.read_text(encoding="utf-8").strip()
+            if owner.isdigit() and int(owner) != os.getpid() and _alive(int(owner)):
+                advice = "wait for it, or choose another folder"
+                raise InputError(f"{mark.parent}: process {owner} runs {what} here; {advice}") from None
+            mark.unlink(missing_ok=True)
+    try:
+        mark.write_text(str(os.getpid()), encoding="utf-8")
+        yield
+    finally:
+        mark.unlink(missing_ok=True)
 
 # %% ../nbs/00b_house.ipynb #842fabf8
 def recipe_path(

@@ -81,15 +81,20 @@ def score_cell(score: Score) -> str:
         f'<div class="band" style="{band}"></div></div></td>'
     )
 
-# %% ../nbs/00d_report.ipynb #c2551669
+# %% ../nbs/00d_report.ipynb #b01c88bb
 def thumbnail(
     path: Path,  # the picture's file
     side: int = 160,  # longer side in pixels
 ) -> str:  # a data URL
-    "A picture as a small JPEG inside a data URL."
-    from product_retrieval.data.pictures import read_image
+    "A picture as a small JPEG inside a data URL; a grey square for one that cannot be read."
+    from PIL import Image
 
-    image = read_image(path)
+    from product_retrieval.data.pictures import ImageError, read_image
+
+    try:
+        image = read_image(path)
+    except ImageError:
+        image = Image.new("RGB", (side, side), (128, 128, 128))
     image.thumbnail((side, side))
     file = io.BytesIO()
     image.save(file, "JPEG", quality=82)

@@ -43,7 +43,7 @@ def test_metrics_json(out):
             low, high = row[f"{metric} interval"]
             assert 0 <= low <= row[metric] <= high <= 1
         assert row["seconds"] >= 0
-    assert rows(out)[1]["MAR@10"] > rows(out)[0]["MAR@10"], "colours beat chance"
+    assert rows(out)[2]["MAR@10"] > rows(out)[0]["MAR@10"], "words beat chance"
 
 
 def test_the_same_seed_gives_the_same_numbers(out, tmp_path):
@@ -92,8 +92,23 @@ def test_refusals(tiny_shelf, tmp_path):
     (tmp_path / "letters").mkdir()
     (tmp_path / "letters" / "dear.txt").write_text("keep me")
     done = product_retrieval("demo", "--out", tmp_path / "letters")
-    assert done.returncode == 2 and "holds other files" in done.stderr
+    assert done.returncode == 2 and "choose a new folder" in done.stderr
+    (tmp_path / "letters" / "metrics.json").write_text("{}")
+    assert product_retrieval("demo", "--out", tmp_path / "letters").returncode == 2
     assert (tmp_path / "letters" / "dear.txt").read_text() == "keep me"
+
+
+def test_wrong_weights_are_found_before_anything_runs(tmp_path):
+    done = product_retrieval("demo", "--out", tmp_path / "out", "--weights", tmp_path / "no.safetensors")
+    assert done.returncode == 2 and "no.safetensors" in done.stderr and "2/3" not in done.stdout
+
+
+def test_an_earlier_run_is_replaced_by_a_complete_one(out, tmp_path):
+    shutil.copytree(out, tmp_path / "again")
+    old = (tmp_path / "again" / "report.html").stat().st_mtime_ns
+    assert product_retrieval("demo", "--out", tmp_path / "again").returncode == 0
+    assert (tmp_path / "again" / "report.html").stat().st_mtime_ns > old
+    assert [p.name for p in tmp_path.iterdir()] == ["again"]
 
 
 def test_report_is_self_contained(out):

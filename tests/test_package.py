@@ -135,6 +135,8 @@ def command(*arguments, **variables):
         ("evaluate", "eproduct", "--ground-truth", "nowhere", "--ranking", "nothing"),
         ("evaluate", "run", "nowhere"),
         ("evaluat",),
+        ("index", "nowhere", "--out", "OUT", "--memory", "nan"),
+        ("demo", "--out", "."),
     ],
     ids=" ".join,
 )
@@ -144,9 +146,31 @@ def test_nonsense_gets_one_line_and_exit_2(arguments, tmp_path):
     assert done.returncode == 2, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
-    line = done.stderr.strip().splitlines()[-1]
-    if line.startswith("product-retrieval:"):
-        assert len(done.stderr.strip().splitlines()) == 1 and len(line) > 30
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("product-retrieval: ") and len(lines[0]) > 40, done.stderr
+
+
+def test_ctrl_c_says_one_line(tmp_path):
+    import signal
+    import time
+
+    code = "from product_retrieval.cli import main; main()"
+    environment = {**os.environ, "QUICK": "1"}
+    arguments = [sys.executable, "-c", code, "demo", "--out", str(tmp_path / "out")]
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    process.stdout.readline()  # the catalogue is being drawn
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert len(errors.strip().splitlines()) == 1 and errors.startswith("product-retrieval: "), errors
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_arguments_print_help():
+    done = command()
+    assert done.returncode == 2 and "Usage" in done.stdout and not done.stderr
+    assert "grocery" in command("datasets").stdout
 
 
 def test_doctor_and_version():

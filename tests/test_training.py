@@ -509,3 +509,27 @@ def test_nothing_is_pickled(tmp_path):
     assert kinds == {".safetensors", ".json", ".csv"}
     state = read_json(checkpoints(tmp_path)[-1] / "state.json")
     assert state["step"] == 15 and state["done"] and TrainConfig(**state["config"]) == replace(config(), ema=0.9)
+
+
+def test_no_readable_picture_is_one_clear_error(tmp_path):
+    class Nothing:
+        def __len__(self):
+            return 2
+
+        def iter_from(self, start):
+            return iter(())
+
+    with pytest.raises(InputError, match="could be read"):
+        fit(torch.nn.Linear(2, 2), lambda model, batch: model(batch).sum(), Nothing(), TrainConfig(epochs=1), tmp_path / "run")
+
+
+def test_two_runs_in_one_folder(tmp_path):
+    "A folder that a living process trains in is refused; the mark of a dead one is not."
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".lock").write_text(str(os.getppid()))
+    batches = [torch.ones(2, 2)]
+    with pytest.raises(InputError, match="runs a training here"):
+        fit(torch.nn.Linear(2, 2), lambda model, batch: model(batch).sum(), batches, TrainConfig(epochs=1), tmp_path / "run")
+    (tmp_path / "run" / ".lock").write_text("99999999")
+    fit(torch.nn.Linear(2, 2), lambda model, batch: model(batch).sum(), batches, TrainConfig(epochs=1), tmp_path / "run")
+    assert not (tmp_path / "run" / ".lock").exists()
