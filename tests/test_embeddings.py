@@ -1,13 +1,17 @@
 """Embeddings on disk: kills, refusals, skipped pictures, damaged folders."""
 
+import errno
 import filecmp
 import hashlib
 import json
 import os
+import platform
 import random
+import re
 import shutil
 import signal
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +19,16 @@ import torch
 
 from product_retrieval.core import InputError
 from product_retrieval.data.catalog import Catalog
-from product_retrieval.embeddings import Embeddings, content_hash, describe_encoder, embed, embed_cached
+from product_retrieval.embeddings import (
+    Embeddings,
+    about_file,
+    content_hash,
+    describe_catalog,
+    describe_encoder,
+    embed,
+    embed_cached,
+    new_array,
+)
 
 
 class Letters:
@@ -174,13 +187,19 @@ def test_changed_picture_is_another_catalogue(tmp_path, catalog):
         embed(Means(), catalog, tmp_path / "e", workers=0)
 
 
-def test_unfinished_folder_of_another_run_is_refused(tmp_path, catalog):
+def stop_after_a_batch(catalog, folder):
     class Stops(Letters):
         def __call__(self, batch):
-            raise KeyboardInterrupt
+            if self._seen:
+                raise KeyboardInterrupt
+            return super().__call__(batch)
 
     with pytest.raises(KeyboardInterrupt):
-        embed(Stops(), catalog, tmp_path / "e")
+        embed(Stops(), catalog, folder, batch_size=8)
+
+
+def test_unfinished_folder_of_another_run_is_refused(tmp_path, catalog):
+    stop_after_a_batch(catalog, tmp_path / "e")
     with pytest.raises(InputError, match="call embed again"):
         Embeddings.open(tmp_path / "e")
     other = Letters()
@@ -337,3 +356,168 @@ def test_cache(tmp_path, catalog, monkeypatch):
     embed_cached(Letters(seen=seen), catalog.select(list(range(5))))
     assert len(seen) == 65
     shutil.rmtree(tmp_path / "cache")
+
+
+def test_failed_run_without_a_row_does_not_block_the_next(tmp_path, catalog):
+    def broken(batch):
+        raise RuntimeError("no")
+
+    with pytest.raises(RuntimeError):
+        embed(broken, catalog, tmp_path / "e", workers=0)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["shop"], "nothing stays behind"
+    left = tmp_path / ".e.unfinished"
+    for plan in ("[]", "{", '{"model": "other", "items": 3}'):  # what a kill before the first row leaves
+        left.mkdir()
+        (left / "plan.json").write_text(plan, encoding="utf-8")
+        np.save(left / "done.npy", np.zeros(3, np.uint8))
+        assert len(embed(Letters(), catalog, tmp_path / "e")) == 60
+        assert not left.exists()
+        shutil.rmtree(tmp_path / "e")
+
+
+@pytest.mark.parametrize("name,content", [("plan.json", b"[]"), ("plan.json", b"{"), ("done.npy", b"x"), ("vectors.npy", b"x")])
+def test_damaged_unfinished_folder_with_rows_is_kept_and_named(tmp_path, catalog, name, content):
+    stop_after_a_batch(catalog, tmp_path / "e")
+    path = tmp_path / ".e.unfinished" / name
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=name):
+        embed(Letters(), catalog, tmp_path / "e", batch_size=8)
+    assert path.read_bytes() == content and not (tmp_path / "e").exists()
+
+
+def test_places_that_are_no_new_folder(tmp_path, catalog, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("", ".", "/", "..", "a/..", "a\0b"):
+        with pytest.raises(InputError, match="names no folder of its own"):
+            embed(Letters(), catalog, folder)
+    (tmp_path / "file").write_text("x", encoding="utf-8")
+    with pytest.raises(InputError, match="file: is a file"):
+        embed(Letters(), catalog, tmp_path / "file")
+    with pytest.raises(InputError, match="cannot be written"):
+        embed(Letters(), catalog, tmp_path / "file" / "e")
+    before = sorted(p.name for p in (tmp_path / "shop").iterdir())
+    with pytest.raises(InputError, match=r"shop: holds other files.*choose a new folder"):
+        embed(Letters(), catalog, tmp_path / "shop")
+    assert sorted(p.name for p in (tmp_path / "shop").iterdir()) == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "shop"]
+
+
+def test_empty_folder_is_accepted(tmp_path, catalog):
+    (tmp_path / "e").mkdir()
+    assert len(embed(Letters(), catalog, tmp_path / "e")) == 60
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["e", "shop"]
+
+
+def full_disk(*_):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_full_disk_at_the_start(tmp_path, catalog, monkeypatch):
+    monkeypatch.setattr(os, "posix_fallocate", full_disk, raising=False)
+    with pytest.raises(InputError, match=r"disk full: needs .* free; make room, then the same command goes on"):
+        embed(Letters(), catalog, tmp_path / "e")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["shop"]
+    monkeypatch.undo()
+    assert len(embed(Letters(), catalog, tmp_path / "e")) == 60
+
+
+def test_full_disk_at_the_end_keeps_the_rows(tmp_path, catalog, monkeypatch):
+    import product_retrieval.embeddings as module
+
+    (tmp_path / "shop" / "5.jpg").write_bytes(b"no picture")
+    monkeypatch.setattr(module, "_write_kept", full_disk)
+    with pytest.raises(InputError, match="e: disk full"):
+        embed(Means(), catalog, tmp_path / "e", workers=0)
+    assert not (tmp_path / "e").exists()
+    monkeypatch.undo()
+    assert np.load(tmp_path / ".e.unfinished" / "done.npy").sum() == 59
+    assert len(embed(Means(), catalog, tmp_path / "e", workers=0)) == 59
+
+
+@pytest.mark.parametrize("how", ["posix_fallocate", "unsupported", "missing"])
+def test_new_array_has_its_space(tmp_path, monkeypatch, how):
+    def unsupported(*_):
+        raise OSError(errno.EOPNOTSUPP, "not supported")
+
+    if how == "unsupported":
+        monkeypatch.setattr(os, "posix_fallocate", unsupported, raising=False)
+    if how == "missing":
+        monkeypatch.delattr(os, "posix_fallocate", raising=False)
+    new_array(tmp_path / "a.npy", "float32", (3000, 100))[7] = 7
+    found = np.load(tmp_path / "a.npy")
+    assert found.shape == (3000, 100) and found.sum() == 700
+    assert getattr((tmp_path / "a.npy").stat(), "st_blocks", 10**9) * 512 >= found.nbytes
+
+
+def test_second_run_into_the_same_folder_is_told(tmp_path, catalog):
+    child = os.fork()
+    if child == 0:
+        try:
+            embed(Letters(pause=0.3), catalog, tmp_path / "e", batch_size=8)
+            os._exit(0)
+        except BaseException:
+            os._exit(1)
+    lock = tmp_path / ".e.unfinished.lock"
+    while not os.path.lexists(lock):
+        time.sleep(0.005)
+    with pytest.raises(InputError, match=f"process {child} is embedding there now; wait"):
+        embed(Letters(), catalog, tmp_path / "e", batch_size=8)
+    assert os.waitpid(child, 0)[1] == 0
+    seen = []
+    assert len(embed(Letters(seen=seen), catalog, tmp_path / "e", batch_size=8)) == 60 and not seen
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["e", "shop"]
+
+
+def test_locks_of_the_dead_and_of_other_machines(tmp_path, catalog):
+    lock = tmp_path / ".e.unfinished.lock"
+    lock.write_text(f"{os.getpid()} 1.0 {platform.node()}", encoding="utf-8")  # this number, started long ago
+    assert len(embed(Letters(), catalog, tmp_path / "e")) == 60 and not lock.exists()
+    lock = tmp_path / ".f.unfinished.lock"
+    lock.write_text("7 1.0 another-machine", encoding="utf-8")
+    with pytest.raises(InputError, match=r"process 7 on another-machine.*delete .*\.lock"):
+        embed(Letters(), catalog, tmp_path / "f")
+    lock.write_text("", encoding="utf-8")
+    with pytest.raises(InputError, match="another process"):
+        embed(Letters(), catalog, tmp_path / "f")
+    os.utime(lock, (1, 1))
+    assert len(embed(Letters(), catalog, tmp_path / "f")) == 60
+
+
+def test_folder_that_another_run_finished_meanwhile_is_returned(tmp_path, catalog):
+    embed(Letters(), catalog, tmp_path / "other")
+
+    class Late(Letters):
+        def __call__(self, batch):
+            if not (tmp_path / "e").exists():
+                shutil.copytree(tmp_path / "other", tmp_path / "e")
+            return super().__call__(batch)
+
+    assert len(embed(Late(), catalog, tmp_path / "e")) == 60
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["e", "other", "shop"]
+
+
+def test_descriptions_of_the_wrong_kind(tmp_path, catalog):
+    embed(Letters(), catalog, tmp_path / "e")
+    path = tmp_path / "e" / "embeddings.json"
+    meta = json.loads(path.read_text(encoding="utf-8"))
+    ids = tmp_path / "e" / "ids.json"
+    changes = [{"vectors.npy": 5}, {"vectors.npy": {"bytes": "x", "sha256": "y"}}, {}, [], 5]
+    for change in [*({"files": c} for c in changes), {"skipped": 5}, {"skipped": [5]}, {"version": 0}]:
+        path.write_text(json.dumps({**meta, **change}), encoding="utf-8")
+        with pytest.raises(InputError, match=re.escape(str(tmp_path / "e"))):
+            Embeddings.open(tmp_path / "e")
+    path.write_text("[]", encoding="utf-8")
+    with pytest.raises(InputError, match=r"embeddings\.json: holds a list, expected a dict"):
+        Embeddings.open(tmp_path / "e")
+    ids.write_text("5", encoding="utf-8")
+    meta["files"]["ids.json"] = about_file(ids)
+    path.write_text(json.dumps(meta), encoding="utf-8")
+    with pytest.raises(InputError, match=r"ids\.json: holds a int, expected a list"):
+        Embeddings.open(tmp_path / "e")
+
+
+def test_picture_name_with_a_nul_counts_as_missing(catalog):
+    from types import SimpleNamespace
+
+    about = SimpleNamespace(frame=catalog.frame, name="toy", paths=[Path("3\0.jpg"), *catalog.paths[1:]])
+    assert describe_catalog(about)["catalog_hash"] != describe_catalog(catalog)["catalog_hash"]

@@ -171,9 +171,9 @@ def test_compaction(index, queries, vectors):
 def test_remove_everything_and_start_again(index, queries):
     index.remove(index.ids)
     found = index.search(queries[:2], 4)
-    assert len(index) == 0 and found.rows.shape == (2, 4) and (found.rows == -1).all()
+    assert len(index) == 0 and found.rows.shape == (2, 0) and found.ids == [[], []]
     index.add(["a", "b"], queries[:2])
-    assert [line[0] for line in index.search(queries[:2], 5).ids] == ["a", "b"] and index.search(queries[:2], 5).rows[0, 2] == -1
+    assert [line[0] for line in index.search(queries[:2], 5).ids] == ["a", "b"]
 
 
 def test_changes_are_all_or_nothing(index, queries):
@@ -207,6 +207,10 @@ def test_bad_queries(index, queries):
         (lambda: index.search(bad), "queries, row 2: NaN or infinite"),
         (lambda: index.search(queries[:, :7]), r"expected \[n, 32\]"),
         (lambda: index.search(queries, 0), "k=0"),
+        (lambda: index.search(queries, 1.5), "k=1.5: expected a whole number"),
+        (lambda: index.search(queries, True), "k=True"),
+        (lambda: index.search(queries, "3"), "k='3'"),
+        (lambda: index.search(queries, -(10**30)), "k=-1000"),
         (lambda: index.search([["a"] * DIM]), "numbers"),
     ]:
         with pytest.raises(InputError, match=message):
@@ -219,9 +223,16 @@ def test_bad_queries(index, queries):
 
 def test_k_larger_than_the_index(queries):
     index = Index.build(Embeddings(queries[:4], list("abcd")))
-    found = index.search(queries[:1], 10)
-    assert found.rows.shape == (1, 10) and sorted(found.ids[0]) == list("abcd")
-    assert (found.rows[0, 4:] == -1).all() and np.isneginf(found.scores[0, 4:]).all()
+    for k in (10, 10**9, 99999999999999999999, np.int64(5)):
+        found = index.search(queries[:1], k)
+        assert found.rows.shape == found.scores.shape == (1, 4) and sorted(found.ids[0]) == list("abcd")
+    found = index.search(queries[:1], 10**9, where=np.array([True, False, False, True]))
+    assert found.rows.shape == (1, 4) and sorted(found.ids[0]) == ["a", "d"] and (found.rows[0, 2:] == -1).all()
+
+
+def test_k_as_large_as_the_index(index, queries):
+    found = index.search(queries[:2], 10**9)
+    assert found.rows.shape == (2, COUNT) and found.rows[0, 0] == index.search(queries[0], 1).rows[0, 0]
 
 
 def test_ties_come_in_row_order():
@@ -322,10 +333,60 @@ def test_index_json_of_something_else(index, tmp_path):
     index.save(tmp_path / "index")
     path = tmp_path / "index" / "index.json"
     about = json.loads(path.read_text(encoding="utf-8"))
-    for change in ({"version": 99}, {"kind": "ann"}, {"files": {}}, {"dim": DIM + 1}):
-        path.write_text(json.dumps({**about, **change}), encoding="utf-8")
-        with pytest.raises(InputError):
+    changes = [{"version": 99}, {"kind": "ann"}, {"kind": ["flat"]}, {"dim": DIM + 1}, {"metric": "l2"}, {"model": 3}]
+    changes += [{"files": files} for files in ({}, 5, {"engine.faiss": 7}, {"engine.faiss": {"bytes": None, "sha256": 1}})]
+    changes += [{"settings": {"effort": "x"}}, {"measured": {"curve": [3]}}, {"measured": 3}]
+    for content in [*({**about, **change} for change in changes), [], 5, None]:
+        path.write_text(json.dumps(content), encoding="utf-8")
+        with pytest.raises(InputError, match="index"):
             Index.load(tmp_path / "index")
+    for key in ("metric", "dim", "settings", "why", "measured", "files"):
+        path.write_text(json.dumps({k: v for k, v in about.items() if k != key}), encoding="utf-8")
+        with pytest.raises(InputError, match=r"index.json: .*build|engine.faiss: "):
+            Index.load(tmp_path / "index")
+    path.write_text(json.dumps({k: v for k, v in about.items() if k != "model"}), encoding="utf-8")
+    assert Index.load(tmp_path / "index").model == {}, "an index of an earlier version opens"
+
+
+def test_full_disk_while_saving_keeps_the_old_index(index, tmp_path, queries, monkeypatch):
+    import faiss
+
+    def full(*_):
+        raise RuntimeError("Error in write: No space left on device")
+
+    index.save(tmp_path / "index")
+    monkeypatch.setattr(faiss, "write_index", full)
+    with pytest.raises(InputError, match=r"index: disk full: needs .*make room, then the same command goes on"):
+        index.save(tmp_path / "index", replace=True)
+    monkeypatch.undo()
+    assert len(Index.load(tmp_path / "index")) == len(index)
+    assert [p.name for p in tmp_path.iterdir()] == ["index"]
+    if index.kind == "ivfpq":
+        monkeypatch.setattr(os, "posix_fallocate", lambda *_: (_ for _ in ()).throw(OSError(28, "full")), raising=False)
+        with pytest.raises(InputError, match="index: disk full"):
+            index.save(tmp_path / "index", replace=True)
+        assert [p.name for p in tmp_path.iterdir()] == ["index"]
+
+
+def test_index_remembers_its_model(tmp_path, vectors):
+    from product_retrieval.embeddings import describe_encoder
+
+    class Model:
+        name, dim, size, transform = "mine", DIM, 0, None
+
+        def __init__(self, scale=1):
+            self.scale = scale
+
+    made = Embeddings(vectors[:50], [str(n) for n in range(50)], {**describe_encoder(Model()), "catalog": "toy"})
+    Index.build(made).save(tmp_path / "index")
+    index = Index.load(tmp_path / "index")
+    assert index.model == describe_encoder(Model())
+    index.check_encoder(Model())
+    with pytest.raises(InputError, match=r"encoder 'mine': the index was built with 'mine', and weights differs"):
+        index.check_encoder(Model(scale=2))
+    unknown = Index.build(Embeddings(vectors[:50], [str(n) for n in range(50)]))
+    assert unknown.model == {}
+    unknown.check_encoder(Model())
 
 
 def test_killed_while_saving_leaves_the_old_or_the_new_index(saved, tmp_path, queries):
