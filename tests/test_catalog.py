@@ -95,7 +95,16 @@ def test_csv_other_names_and_numbers(tmp_path):
         (b"item_id,image,titel,split\n1,x.jpg,a,query\n", ["t.csv", "'title'", "did you mean 'titel'"]),
         (b"item_id,image,title,split\n1,x.jpg,a, b,query\n", ["t.csv", "row 2", "5 fields", "4"]),
         (b"item_id,image,title,split\n1,x.jpg,a,query\n2,x.jpg,a,qeury\n", ["row 3", "'split'", "'qeury'", "'query'"]),
-        (b'item_id,image,title,split\n1,x.jpg,"a,query\n2,y.jpg,b,query\n', ["t.csv", "row 2", "split"]),
+        (b'item_id,image,title,split\n1,x.jpg,"a,query\n2,y.jpg,b,query\n', ["t.csv, row 2", "opened in row 2 is not closed"]),
+        (b'item_id,image,title,split\n1,x.jpg,a,query\n2,y,"b,query\n3,z,"c",query\n', ["opened in row 3 is not closed"]),
+        (b'item_id,image,title,split\n1,x.jpg,a,query,,\n2,y.jpg,"b,query\n', ["opened in row 3 is not closed"]),
+        (b"item_id,image,title,split\n1,x.jpg,a, b,query\n2,\xff\xfe,a,query\n", ["t.csv", "UTF-8"]),
+        (b'{"item_id": 1, "image": 2, "title": 3}\n', ["t.csv: not a CSV table", "'{"]),
+        (b"[" * 300_000, ["t.csv: not a CSV table"]),
+        (b"root:x:0:0:root:/root:/bin/bash\nbin:x:1:1\n", ["t.csv: not a CSV table", "'root:x"]),
+        (b"<!DOCTYPE html><title>a, b, c</title>\n", ["not a CSV table"]),
+        (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", ["t.csv: not a CSV table", "binary"]),
+        (b"PK\x03\x04\x14\0\0\0\x08\0", ["t.csv: not a CSV table", "binary"]),
     ],
 )
 def test_bad_csv(tmp_path, content, words):
@@ -154,6 +163,61 @@ def test_an_open_quote_in_a_long_table(tmp_path):
         open_catalog(tmp_path / "t.csv")
 
 
+def test_long_cells_and_cells_of_several_lines_are_meant(tmp_path):
+    text = 'item_id,image,title,split\n1,a.jpg,"two\nlines ""quoted""",query\n2,b.jpg,"' + "long\n" * 40_000 + '",query\n'
+    (tmp_path / "t.csv").write_text(text)
+    catalog = open_catalog(tmp_path / "t.csv")
+    assert catalog.titles[0] == 'two\nlines "quoted"' and len(catalog.titles[1]) == 200_000 and catalog.ids == ["1", "2"]
+
+
+def test_a_swallowing_quote_is_never_dropped_in_silence(shop, tmp_path):
+    (shop / "shop.csv").write_text(HEADER + '9,a.jpg,"open,query,,\n' + "\n".join(ROWS) + "\n")
+    with pytest.raises(InputError, match=r"shop\.csv, row 2: a quote opened in row 2 is not closed"):
+        check_catalog(shop / "shop.csv")
+
+
+def test_a_folder_with_files_that_are_no_tables(shop):
+    (shop / "a_list.csv").write_bytes(b"\xff\xfe\0binary")
+    (shop / "b_list.csv").write_text("")
+    assert len(open_catalog(shop)) == 5 and open_catalog(shop).name == "shop"
+    (shop / "shop.csv").unlink()
+    with pytest.raises(InputError, match=r"a_list\.csv: not a CSV table.*move it out of the folder"):
+        open_catalog(shop)
+
+
+def test_a_table_without_rows(tmp_path):
+    (tmp_path / "t.csv").write_text(HEADER)
+    problem = only(check_catalog(tmp_path / "t.csv"), "no-rows")
+    assert str(problem).startswith("t.csv: no rows")
+    with pytest.raises(InputError, match=r"t\.csv: no row would be kept"):
+        save_clean(tmp_path / "t.csv", [problem], tmp_path / "clean")
+    assert not (tmp_path / "clean").exists()
+
+
+@pytest.mark.parametrize(
+    "call, words",
+    [
+        (lambda c: c.sample(-1), "n=-1"),
+        (lambda c: c.sample("x"), "n='x'"),
+        (lambda c: c.sample(2.5), "n=2.5"),
+        (lambda c: c.sample(1, seed=-1), "seed=-1"),
+        (lambda c: c.join(5), "join: got a int"),
+        (lambda c: c.join(None), "join: got a NoneType"),
+        (lambda c: c.categories("x"), "level='x'"),
+        (lambda c: c.categories(-1), "level=-1"),
+        (lambda c: open_catalog(None), "path=None"),
+        (lambda c: open_catalog(5), "path=5"),
+        (lambda c: open_catalog("a\0.csv"), "cannot be read"),
+        (lambda c: Catalog.load(None), "path=None"),
+        (lambda c: Catalog.from_folders(None), "path=None"),
+    ],
+)
+def test_arguments_of_the_wrong_kind(shop, call, words):
+    with pytest.raises(InputError) as error:
+        call(open_catalog(shop / "shop.csv"))
+    assert words in str(error.value)
+
+
 def test_columns_that_stand_twice_in_a_frame():
     frame = pd.DataFrame([["1", "a.jpg", "t", "t", "query"]], columns=["item_id", "image", "title", "title", "split"])
     with pytest.raises(InputError, match="'title' stands twice"):
@@ -208,6 +272,14 @@ def test_newer_or_broken_folder(shop, tmp_path):
         Catalog.load(folder)
     with pytest.raises(InputError, match=r"catalog\.json"):
         Catalog.load(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["[]", "5", '"x"', "null", '{"schema": "x"}', '{"root": 5}', '{"type": []}', '{"name": {}}'])
+def test_catalog_json_of_the_wrong_kind(shop, tmp_path, content):
+    folder = open_catalog(shop / "shop.csv").save(tmp_path / "saved")
+    (folder / "catalog.json").write_text(content)
+    with pytest.raises(InputError, match=r"catalog\.json: (holds|key '\w+' is).*expected"):
+        open_catalog(folder)
 
 
 # parts
@@ -278,12 +350,16 @@ def test_unknown_names(shop):
         ("category", "/care", "empty-category-level", "'/care'"),
         ("category", "care/ /soap", "empty-category-level", "level"),
         ("labels", "p1;;p2", "empty-label", "'p1;;p2'"),
-        ("image", "a\0.jpg", "image-truncated", "null"),
+        ("image", "a\0.jpg", "null-character", "'a\\x00.jpg'"),
+        ("title", "so\0ap", "null-character", "null"),
         ("image", "a" * 300, "image-unreadable", "too long"),
         ("boxes", "nothing", "bad-boxes", "no list"),
         ("boxes", "[[5, 5, 1, 9, \"p1\"]]", "bad-boxes", "empty"),
         ("boxes", "[[1, 2, 3]]", "bad-boxes", "no list"),
         ("boxes", "17", "bad-boxes", "no list"),
+        ("boxes", "{}", "bad-boxes", "no list"),
+        ("boxes", "[" * 3000, "bad-boxes", "no list"),
+        ("boxes", "[[0, 0, Infinity, 1, \"p1\"]]", "bad-boxes", "outside"),
         ("boxes", "[[NaN, 0, 1, 1, \"p1\"]]", "bad-boxes", "empty"),
     ],
 )
@@ -481,6 +557,14 @@ def test_all_problems_at_once_as_text_json_and_files(shop, tmp_path):
     written = pd.read_csv(tmp_path / "clean" / "dropped.csv", dtype=str)
     assert written["item_id"].tolist() == dropped["item_id"].tolist() == ["003", "005", "001", "001", "006", "007"]
     assert set(written["action"]) == {"row dropped", "mended"} and not list(tmp_path.glob(".clean*"))
+    assert (tmp_path / "clean" / "a.jpg").stat().st_nlink == 1  # a copy: editing it leaves the original alone
+
+
+def test_nothing_to_keep_means_nothing_written(shop, tmp_path):
+    (shop / "shop.csv").write_text(HEADER + "1,zz.jpg,x,gallery,a,p1\n2,yy.jpg,x,query,a,p1\n")
+    with pytest.raises(InputError, match=r"shop\.csv: no row would be kept \(problems: 2\)"):
+        save_clean(shop / "shop.csv", check_catalog(shop / "shop.csv"), tmp_path / "clean")
+    assert not (tmp_path / "clean").exists() and not list(tmp_path.glob(".clean*"))
 
 
 def test_random_faults_leave_a_clean_catalogue(shop, tmp_path):

@@ -169,6 +169,11 @@ def test_broken_ground_truth(world):
     (folder / TEST).write_text("q0#####caption\n")
     with pytest.raises(InputError, match="line 1: 2 fields, expected 5"):
         pr.evaluate_product1m(folder, folder / "ranking.txt")
+    (folder / TEST).write_text("q0\n")
+    with pytest.raises(InputError, match="line 1: 1 fields, expected 5"):
+        pr.evaluate_product1m(folder, folder / "ranking.txt")
+    with pytest.raises(InputError, match="cannot be read"):
+        pr.read_product1m_labels(folder)
     (folder / TEST).write_bytes("q0#####\xe4".encode("latin-1"))
     with pytest.raises(InputError, match="not UTF-8"):
         pr.evaluate_product1m(folder, folder / "ranking.txt")
@@ -221,6 +226,25 @@ def test_not_a_ranking_file(tmp_path):
         pr.read_ranking(tmp_path / "other.parquet")
 
 
+@pytest.mark.parametrize(
+    "columns, words",
+    [
+        ({"query_id": ["a", "b"], "item_ids": [["x"], None]}, "column 'item_ids', row 2: .*null"),
+        ({"query_id": ["a", "b"], "item_ids": [["x", None], ["y"]]}, "column 'item_ids', row 1: .*null"),
+        ({"query_id": ["a", None], "item_ids": [["x"], ["y"]]}, "column 'query_id', row 2: .*null"),
+        ({"query_id": ["a", "b"], "item_ids": [["x"], ["y"]], "scores": [[1.0], None]}, "column 'scores', row 2: .*null"),
+        ({"query_id": ["a", "b"], "item_ids": [5, 6]}, "column 'item_ids': holds int64, expected list"),
+    ],
+)
+def test_a_ranking_with_holes(tmp_path, columns, words):
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "ranking.parquet")
+    with pytest.raises(InputError, match=words):
+        pr.read_ranking(tmp_path / "ranking.parquet")
+
+
 def eproduct(tmp_path, truth: str, submission: str):
     (tmp_path / "ground_truth.csv").write_text(truth)
     (tmp_path / "submission.csv").write_text(submission)
@@ -247,6 +271,9 @@ def test_eproduct_travels_and_counts_ten(tmp_path):
         ('a,"1"\n', "1 of 2 queries have no line, the first is 'b'"),
         ('a,"1"\nb\n', "line 2: expected query_uuid"),
         ('a,"1"\nb,""\n', "line 2: 0 results"),
+        ('a,"1\nb,"3"\n', "line 1: expected query_uuid.*a quote opened in line 1 is not closed"),
+        ('a,"1"\n"b,3\n', "line 2: expected query_uuid.*a quote opened in line 2 is not closed"),
+        ('a,"1"\n ,"3"\n', "line 2: expected query_uuid"),
         ('a,"1"\nb,"1 2 3 4 5 6 7 8 9 10 11"\n', "line 2: 11 results"),
     ],
 )
@@ -263,6 +290,32 @@ def test_eproduct_index_and_lenient(tmp_path):
     file.write_text('a,"1 x"\nb,"3"\n')
     with pytest.raises(InputError, match="line 1: item 'x' is not in the index"):
         pr.evaluate_eproduct(folder, file)
+
+
+def test_eproduct_lenient_swallows_nothing(tmp_path):
+    folder, file = eproduct(tmp_path, 'a,"1 2"\nb,"3"\n', 'a,"1 2\nb,"3"\n')
+    with pytest.raises(InputError, match=r"submission\.csv, line 1: .*not closed"):
+        pr.evaluate_eproduct(folder, file, lenient=True)
+
+
+def test_eproduct_long_fields_and_other_ways_to_write_them(tmp_path):
+    many = " ".join(f"u{i:036d}" for i in range(5000))
+    folder, file = eproduct(tmp_path, f'a,"{many}"\r\n"b",3\r\n', f'"a", "{many[:37]}"\nb,3\n')
+    assert pr.evaluate_eproduct(folder, file) == {"MAR@10": (1 / 5000 + 1) / 2, "queries": 2}
+
+
+@pytest.mark.parametrize("content", [b"", b"\x89PNG\r\n\xff\xfe\0", b"ID,IMAGE_PATH\n1,a.jpg\n", b'UUID,x\n"1,a\n'])
+def test_eproduct_index_that_is_no_table(tmp_path, content):
+    folder, file = eproduct(tmp_path, 'a,"1"\n', 'a,"1"\n')
+    (tmp_path / "index.csv").write_bytes(content)
+    with pytest.raises(InputError, match=r"index\.csv: expected a CSV table with a column 'UUID'"):
+        pr.evaluate_eproduct(folder, file)
+
+
+def test_eproduct_truth_without_right_answers(tmp_path):
+    for lenient in (False, True):
+        with pytest.raises(InputError, match=r"ground_truth\.csv: no query has a right answer"):
+            pr.evaluate_eproduct(*eproduct(tmp_path, 'a,""\n', 'a,"1"\n'), lenient=lenient)
 
 
 @pytest.fixture
@@ -293,6 +346,10 @@ def test_a_run_folder_with_faults(run_folder, tmp_path):
     (folder / "run.json").write_text(json.dumps({**about, "gallery_split": "val_gallery"}))
     with pytest.raises(InputError, match="not in the gallery"):
         pr.evaluate_run(folder)
+    for content in (5, [], {**about, "catalogue": 5}, {**about, "query_split": []}, {**about, "gallery_split": None}):
+        (folder / "run.json").write_text(json.dumps(content))
+        with pytest.raises(InputError, match=r"run\.json: (holds|key).*expected"):
+            pr.evaluate_run(folder)
     shutil.rmtree(folder)
     with pytest.raises(InputError, match=r"run\.json: not found"):
         pr.evaluate_run(folder)

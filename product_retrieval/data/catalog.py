@@ -47,7 +47,7 @@ def _text_column(column: pd.Series) -> pd.Series:
         column = column.astype(object).map(partial(_cell_text, column.name)).astype("str")
     return column.fillna("") if column.hasnans else column
 
-# %% ../../nbs/01a_catalog.ipynb #aa83bdfa
+# %% ../../nbs/01a_catalog.ipynb #fa4e2f4f
 @dataclass(frozen=True)
 class Problem:
     "One fault of a catalogue: what kind, where, and what to do about it."
@@ -59,8 +59,8 @@ class Problem:
     message: str
 
     def __str__(self) -> str:
-        place = f", row {self.row}" if self.row else ""
-        return f"{self.file}{place}, column '{self.column}': {self.message}"
+        place = (f", row {self.row}" if self.row else "") + (f", column '{self.column}'" if self.column else "")
+        return f"{self.file}{place}: {self.message}"
 
 # %% ../../nbs/01a_catalog.ipynb #b9c8f28e
 def refuse(problems: Sequence[Problem]) -> None:
@@ -155,6 +155,14 @@ def _path_problems(table: _Table) -> list[Problem]:
         lambda v: f"{v!r} leaves the folder of the catalogue; use a path relative to it",
     )
 
+# %% ../../nbs/01a_catalog.ipynb #a32443c4
+def _null_problems(table: _Table) -> list[Problem]:
+    "Cells that hold a null character."
+    known = (c for c in COLUMNS if c in table._frame)
+    return [problem for c in known for problem in problems_where(
+        table, "null-character", c, table._frame[c].str.contains("\0", regex=False),
+        lambda v: f"{v[:60]!r} holds a null character; export the table again")]
+
 # %% ../../nbs/01a_catalog.ipynb #34cadc9b
 def _unique_where(column: pd.Series, wrong: Callable[[str], Any]) -> pd.Series:
     "Mask of the cells that `wrong` finds wrong; every distinct text is looked at once."
@@ -174,18 +182,17 @@ def _label_problems(table: _Table) -> list[Problem]:
     return problems_where(table, "empty-label", "labels", where,
                      lambda v: f"{v!r} has an empty label; separate labels by one ';'")
 
-# %% ../../nbs/01a_catalog.ipynb #cb708d3d
+# %% ../../nbs/01a_catalog.ipynb #5c0be689
 def _box_fault(text: str) -> str:
     "What is wrong with the boxes of one cell, or ''."
     try:
         boxes = json.loads(text)
-        for box in boxes:
-            x1, y1, x2, y2, label = box
-            if not (0 <= x1 < x2 and 0 <= y1 < y2 and isinstance(label, str)):
-                return f"box {box} is empty or outside the picture"
-    except (ValueError, TypeError):
-        return f"{text[:60]!r} is no list of boxes"
-    return ""
+        for x1, y1, x2, y2, label in boxes:
+            if not (0 <= x1 < x2 < np.inf and 0 <= y1 < y2 < np.inf and isinstance(label, str)):
+                return f"box {[x1, y1, x2, y2, label]} is empty or outside the picture"
+    except (ValueError, TypeError, RecursionError):
+        boxes = None
+    return "" if isinstance(boxes, list) else f"{text[:60]!r} is no list of boxes"
 
 # %% ../../nbs/01a_catalog.ipynb #2ec1e6aa
 def _box_problems(table: _Table) -> list[Problem]:
@@ -194,12 +201,13 @@ def _box_problems(table: _Table) -> list[Problem]:
     return problems_where(table, "bad-boxes", "boxes", where,
                           lambda v: f"{_box_fault(v)}; write [[x1, y1, x2, y2, \"label\"], ...]")
 
-# %% ../../nbs/01a_catalog.ipynb #e7fda6df
+# %% ../../nbs/01a_catalog.ipynb #96418620
 def table_problems(table: _Table) -> list[Problem]:
     "All faults that the table shows without opening a picture."
     rules = {"item_id": _id_problems, "split": _split_problems, "image": _path_problems,
              "category": _category_problems, "labels": _label_problems, "boxes": _box_problems}
-    return [problem for column, rule in rules.items() if column in table._frame for problem in rule(table)]
+    found = [problem for column, rule in rules.items() if column in table._frame for problem in rule(table)]
+    return found + _null_problems(table)
 
 # %% ../../nbs/01a_catalog.ipynb #1fdbc26e
 class _Columns(_Table):
@@ -227,7 +235,14 @@ class _Columns(_Table):
             raise InputError(f"{self.file}: no column '{name}'{did_you_mean(name, self._frame.columns)}")
         return self._frame[name]
 
-# %% ../../nbs/01a_catalog.ipynb #ae7afbce
+# %% ../../nbs/01a_catalog.ipynb #206e8ff2
+def _whole(name: str, value: Any) -> int:
+    "A number of items or levels, or an `InputError` that names the argument."
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 0:
+        raise InputError(f"{name}={value!r}: expected a whole number, 0 or more")
+    return int(value)
+
+# %% ../../nbs/01a_catalog.ipynb #ac888f07
 class _Answers(_Columns):
     "The three optional columns, taken apart."
 
@@ -235,6 +250,7 @@ class _Answers(_Columns):
         "Category paths, cut to the first `level` names; '' where there is none."
         if not self.has("category"):
             return [""] * len(self)
+        level = None if level is None else _whole("level", level)
         codes, paths = pd.factorize(self._frame["category"])
         cut = np.array(["/".join(p.split("/")[:level]) for p in paths] or [""], dtype=object)
         return cut[codes].tolist()
@@ -275,7 +291,7 @@ def _joined(frame: pd.DataFrame, other: pd.DataFrame) -> pd.DataFrame:
     new = {c: beside[c].where(known, frame[c]) if c in frame else beside[c] for c in beside}
     return frame.assign(**new)
 
-# %% ../../nbs/01a_catalog.ipynb #cbedbfa4
+# %% ../../nbs/01a_catalog.ipynb #ad2d73fb
 class _Views(_Answers):
     "Smaller and wider catalogues made from one; the original stays as it is."
 
@@ -293,16 +309,18 @@ class _Views(_Answers):
         "Put the columns of a table or catalogue beside ours, matched by `item_id`; its values win."
         if isinstance(other, _Table):
             other = other._frame.drop(columns=["image", "split"])  # they belong to the other's root
-        return self.with_frame(_joined(self._frame, pd.DataFrame(other)), self.lines, checked=True)
+        if not isinstance(other, pd.DataFrame):
+            raise InputError(f"join: got a {type(other).__name__}, expected a catalogue or a frame with a column 'item_id'")
+        return self.with_frame(_joined(self._frame, other), self.lines, checked=True)
 
-# %% ../../nbs/01a_catalog.ipynb #81598c10
+# %% ../../nbs/01a_catalog.ipynb #67c8d27c
 class _Samples(_Views):
     "Parts and sums of catalogues."
 
     def sample(self, n: int, seed: int = 0, by: str | None = None):
         "`n` random rows, or `n` of every value of the column `by`; in the order of the table."
         groups = [np.arange(len(self))] if by is None else self.column(by).groupby(self.column(by)).indices.values()
-        random = np.random.default_rng(seed)
+        n, random = _whole("n", n), np.random.default_rng(_whole("seed", seed))
         rows = [random.choice(rows, min(n, len(rows)), replace=False) for rows in groups]
         return self.select(np.sort(np.concatenate([np.arange(0), *rows])))
 
@@ -319,27 +337,41 @@ def _moved(table: _Table, root: Path) -> pd.Series:
     inner = table.root.resolve().relative_to(root).as_posix()
     return table._frame["image"] if inner == "." else inner + "/" + table._frame["image"]
 
-# %% ../../nbs/01a_catalog.ipynb #6cc87be3
+# %% ../../nbs/01a_catalog.ipynb #edb84b76
+_NO_TEXT = "not a CSV table in UTF-8: a binary file, or text in another encoding; save the table as 'CSV UTF-8'"
+
+
 def _first_line(path: Path) -> str:
     "The first line of a text file; a file that is missing or no UTF-8 is an `InputError`."
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
-            return file.readline()
+            first = file.readline(1_000_000)
     except UnicodeDecodeError:
-        raise InputError(f"{path}: not UTF-8 text; save it as 'CSV UTF-8'") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); check the path") from None
+        raise InputError(f"{path}: {_NO_TEXT}") from None
+    except (OSError, ValueError) as error:  # ValueError: a null character in the path
+        raise InputError(f"{path}: cannot be read ({getattr(error, 'strerror', error)}); check the path") from None
+    if "\0" in first:
+        raise InputError(f"{path}: {_NO_TEXT}")
+    return first
 
-# %% ../../nbs/01a_catalog.ipynb #c7c66880
+# %% ../../nbs/01a_catalog.ipynb #ef17ec8d
 def _header(path: Path) -> tuple[list[str], str]:
     "Column names and separator of a CSV file."
     first = _first_line(path)
     separator = max(",;\t", key=first.count)
-    names = next(csv.reader([first], delimiter=separator), [])
+    names = [] if _no_table(first) else next(csv.reader([first], delimiter=separator), [])
+    if len(names) == 1 or _no_table(first):
+        raise InputError(f"{path}: not a CSV table: begins with {first.strip()[:40]!r}, expected column names joined by commas")
     twice = [name for name, n in Counter(names).items() if n > 1]
     if not names or twice:
-        raise InputError(f"{path}, row 1: " + (f"column '{twice[0]}' stands twice" if twice else "no header; name the columns"))
+        problem = f"column '{twice[0]}' stands twice; rename one" if twice else "no header; name the columns"
+        raise InputError(f"{path}, row 1: {problem}")
     return names, separator
+
+# %% ../../nbs/01a_catalog.ipynb #c5efe1d0
+def _no_table(first: str) -> bool:
+    "Whether a first line is no header: JSON, a web page, or endless."
+    return first.lstrip().startswith(("{", "[", "<")) or len(first) > 100_000
 
 # %% ../../nbs/01a_catalog.ipynb #6d69ec8e
 def _fast_csv(path: Path, names: list[str], separator: str, text: set[str]) -> pd.DataFrame:
@@ -350,18 +382,36 @@ def _fast_csv(path: Path, names: list[str], separator: str, text: set[str]) -> p
         return pd.read_csv(path, sep=separator, encoding="utf-8-sig", keep_default_na=False,
                            index_col=False, skip_blank_lines=False, **kinds)
 
-# %% ../../nbs/01a_catalog.ipynb #f251f8fb
+# %% ../../nbs/01a_catalog.ipynb #a14f5493
+def _strict_rows(path: Path, separator: str) -> list[list[str]]:
+    "All rows after the header; a quote that is not closed, or stands inside a text, is an `InputError` with its row."
+    rows: list[list[str]] = []
+    limit = csv.field_size_limit(2**31 - 1)
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        try:
+            rows.extend(csv.reader(file, delimiter=separator, strict=True))  # keeps the rows before a fault
+        except csv.Error as error:
+            place, advice = f"row {len(rows) + 1}", 'close it, and write a quote inside a text twice: ""'
+            raise InputError(f"{path.name}, {place}: a quote opened in {place} is not closed ({error}); {advice}") from None
+        except UnicodeDecodeError:
+            raise InputError(f"{path}: {_NO_TEXT}") from None
+        finally:
+            csv.field_size_limit(limit)
+    return rows[1:]
+
+# %% ../../nbs/01a_catalog.ipynb #ac817cbf
 def _slow_csv(path: Path, names: list[str], separator: str) -> tuple[pd.DataFrame, list[tuple[int, list[str]]]]:
     "The table row by row, and the rows (number, fields) with more fields than the header."
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file, delimiter=separator)
-        try:
-            rows = list(reader)[1:]
-        except csv.Error as error:
-            raise InputError(f"{path.name}, line {reader.line_num}: {error}; perhaps a quote is not closed before it") from None
+    rows = _strict_rows(path, separator)
     wide = [(i, row) for i, row in enumerate(rows) if any(row[len(names):])]
     filled = [(row + [""] * len(names))[: len(names)] for row in rows]
     return pd.DataFrame(filled, columns=names, dtype="str"), wide
+
+# %% ../../nbs/01a_catalog.ipynb #629c1058
+def _count_lines(path: Path) -> int:
+    "How many line ends a file has."
+    with open(path, "rb") as file:
+        return sum(block.count(b"\n") for block in iter(partial(file.read, 1 << 20), b""))
 
 # %% ../../nbs/01a_catalog.ipynb #44cab016
 def _with_split(frame: pd.DataFrame, split: str | None) -> pd.DataFrame:
@@ -376,7 +426,7 @@ def _without_blank(frame: pd.DataFrame) -> tuple[pd.DataFrame, np.ndarray]:
     blank = first & (frame.where(first, "x").fillna("").astype(str) == "").all(axis=1) if first.any() else first
     return frame[~blank], lines[~blank]
 
-# %% ../../nbs/01a_catalog.ipynb #5f6c21b8
+# %% ../../nbs/01a_catalog.ipynb #eb79ac50
 def _read_csv(path: Path, columns: dict[str, str] | None, split: str | None) -> tuple[pd.DataFrame, np.ndarray, list[Problem]]:
     "Frame, row numbers in the file, and the rows that have too many fields."
     names, separator = _header(path)
@@ -384,8 +434,10 @@ def _read_csv(path: Path, columns: dict[str, str] | None, split: str | None) -> 
     text = {c for c in names if columns.get(c, c) in COLUMNS}
     try:
         frame, wide = _fast_csv(path, names, separator, text), []
+        if _count_lines(path) > len(frame) + 1:  # cells of several lines, or a quote that swallows rows
+            _strict_rows(path, separator)
     except UnicodeDecodeError:
-        raise InputError(f"{path}: not UTF-8 text; save it as 'CSV UTF-8'") from None
+        raise InputError(f"{path}: {_NO_TEXT}") from None
     except (pd.errors.ParserError, pd.errors.ParserWarning):
         frame, wide = _slow_csv(path, names, separator)
     frame = _with_split(frame.rename(columns=columns), split)
@@ -469,11 +521,18 @@ def _read_parquet(path: Path) -> pd.DataFrame:
     except Exception as error:  # pyarrow raises several kinds
         raise InputError(f"{path}: not a Parquet file ({str(error).splitlines()[0]}); write it again") from None
 
-# %% ../../nbs/01a_catalog.ipynb #c2d7993e
+# %% ../../nbs/01a_catalog.ipynb #1e899793
+def _as_path(path: str | Path) -> Path:
+    "A path, or an `InputError` that says what was given instead."
+    if not isinstance(path, (str, os.PathLike)):
+        raise InputError(f"path={path!r}: expected the path of a catalogue folder, a CSV or Parquet file, or pictures")
+    return Path(path)
+
+# %% ../../nbs/01a_catalog.ipynb #03d2b978
 def _from_csv(cls: type, path: str | Path, root: str | Path | None = None, columns: dict[str, str] | None = None,
               split: str | None = None, checked: bool = True, **about: Any):
     "See `Catalog.from_csv`."
-    path = Path(path)
+    path = _as_path(path)
     frame, lines, ragged = _read_csv(path, columns, split)
     if checked:
         refuse(ragged)
@@ -482,23 +541,34 @@ def _from_csv(cls: type, path: str | Path, root: str | Path | None = None, colum
     catalog.ragged = ragged
     return catalog
 
-# %% ../../nbs/01a_catalog.ipynb #5c58e6f5
+# %% ../../nbs/01a_catalog.ipynb #a8245738
 SCHEMA = 1  # of catalog.json
 
 
 def _load(cls: type, folder: str | Path, checked: bool = True):
     "See `Catalog.load`."
-    folder = Path(folder)
-    about = read_json(folder / "catalog.json")
-    if about.get("schema", 0) > SCHEMA:
-        raise InputError(f"{folder}/catalog.json: schema {about['schema']} is newer than {SCHEMA}; update product_retrieval")
-    kind = {c.__name__: c for c in (Catalog, TrainCatalog)}.get(about.get("type"), Catalog)
+    folder = _as_path(folder)
+    about = _about(folder / "catalog.json")
+    kind = {c.__name__: c for c in (Catalog, TrainCatalog)}.get(about["type"], Catalog)
     kind = kind if issubclass(kind, cls) else cls
-    words = {key: about.get(key, "") for key in ("name", "source", "licence")}
+    words = {key: about[key] for key in ("name", "source", "licence")}
     file = f"{folder.name}/catalog.parquet"
-    return kind(_read_parquet(folder / "catalog.parquet"), folder / about.get("root", "."), file=file, checked=checked, **words)
+    return kind(_read_parquet(folder / "catalog.parquet"), folder / about["root"], file=file, checked=checked, **words)
 
-# %% ../../nbs/01a_catalog.ipynb #9c970111
+# %% ../../nbs/01a_catalog.ipynb #ece1a841
+def _about(path: Path) -> dict[str, Any]:
+    "What catalog.json says; a key of the wrong kind is an `InputError`."
+    usual = {"schema": 0, "type": "Catalog", "name": "", "source": "", "licence": "", "root": "."}
+    about = usual | {key: value for key, value in read_json(path, kind=dict).items() if value is not None}
+    for key, value in usual.items():
+        if type(about[key]) is not type(value):
+            kind = "a whole number" if key == "schema" else "text"
+            raise InputError(f"{path}: key '{key}' is {str(about[key])[:40]!r}, expected {kind}; save the catalogue again")
+    if about["schema"] > SCHEMA:
+        raise InputError(f"{path}: schema {about['schema']} is newer than {SCHEMA}; update product_retrieval")
+    return about
+
+# %% ../../nbs/01a_catalog.ipynb #144202e8
 class _Files(_Samples):
     "Ways into a catalogue and out of it."
 
@@ -515,18 +585,18 @@ class _Files(_Samples):
     @classmethod
     def from_parquet(cls, path: str | Path, root: str | Path | None = None, **about: Any):
         "From a Parquet file; pictures are relative to its folder unless `root` is given."
-        path = Path(path)
+        path = _as_path(path)
         about = {"name": path.stem, "file": path.name, **about}
         return cls(_read_parquet(path), root or path.parent, **about)
 
-# %% ../../nbs/01a_catalog.ipynb #4e9980df
+# %% ../../nbs/01a_catalog.ipynb #c3df2a4b
 class _Folders(_Files):
     "Catalogue folders and folders of pictures."
 
     @classmethod
     def from_folders(cls, root: str | Path, split: str | None = "gallery", **about: Any):
         "A folder per class; `split=None` reads the top folders as splits when all are named so. Train rows get no labels."
-        root = Path(root)
+        root = _as_path(root)
         images = _pictures_below(root) if root.is_dir() else []
         if not images:
             kinds = ", ".join(sorted(PICTURES))
@@ -600,20 +670,33 @@ def _train_view(catalog: Catalog) -> TrainCatalog:
     about = (catalog.root, catalog.name, catalog.source, catalog.licence)
     return TrainCatalog(kept, *about, file=catalog.file, lines=catalog.lines[rows], checked=False)
 
-# %% ../../nbs/01a_catalog.ipynb #c3199b9b
+# %% ../../nbs/01a_catalog.ipynb #887aecf5
+def _tables_in(folder: Path) -> list[Path]:
+    "The CSV files of a folder that have a column item_id; a file that is no table matters only when there is no other."
+    tables, faults = [], []
+    for file in sorted(folder.glob("*.csv")):
+        try:
+            tables += [file] if "item_id" in _header(file)[0] else []
+        except InputError as error:
+            faults.append(error)
+    if faults and not tables:
+        raise InputError(f"{faults[0]}. If it is not the catalogue's table, move it out of the folder")
+    return tables
+
+# %% ../../nbs/01a_catalog.ipynb #51938105
 def open_catalog(
     path: str | Path,  # a catalogue folder, a CSV or Parquet file, or a folder of pictures in class folders
     checked: bool = True,  # False: keep faulty rows, for `check_catalog`
 ) -> Catalog:
     "Open whatever stands at `path` as a `Catalog`."
-    path = Path(path)
+    path = _as_path(path)
     if path.suffix.lower() == ".parquet":
         return Catalog.from_parquet(path, checked=checked)
     if path.is_file() or not path.exists():
         return Catalog.from_csv(path, checked=checked)
     if (path / "catalog.json").exists():
         return Catalog.load(path, checked=checked)
-    tables = [file for file in sorted(path.glob("*.csv")) if "item_id" in _header(file)[0]]
+    tables = _tables_in(path)
     if len(tables) == 1:
         return Catalog.from_csv(tables[0], checked=checked)
     return Catalog.from_folders(path, split=None, checked=checked)

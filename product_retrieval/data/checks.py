@@ -198,7 +198,7 @@ def _giveaway_problems(table: Catalog) -> list[Problem]:
     return [Problem("answer-in-" + c, table.file, 0, c, "", message)
             for c in ("title", "category") if c in frame and len(train) and (train[c] == train["labels"]).all()]
 
-# %% ../../nbs/01d_checks.ipynb #929e9fd0
+# %% ../../nbs/01d_checks.ipynb #b258d08e
 def check_catalog(
     catalog: Catalog | str | Path,  # a catalogue, or whatever `open_catalog` opens
     quick: bool = False,  # headers of pictures only: faster, finds no truncated ones
@@ -214,8 +214,10 @@ def check_catalog(
             return error.problems
         raise
     found = [*table.ragged, *table_problems(table), *_positive_problems(table), *_giveaway_problems(table)]
+    if not len(table):
+        found.append(Problem("no-rows", table.file, 0, "", "", "no rows below the header; export the table again"))
     if pictures:
-        barred = [p.row for p in found if p.kind in ("path-leaves-root", "bad-row")]
+        barred = [p.row for p in found if p.kind == "bad-row" or p.column == "image"]  # a path that must not be opened
         inside = table.select(~np.isin(table.lines, barred))
         looks = look_at_pictures(inside, quick, max_pixels, progress=progress)
         found += [*_picture_problems(inside, looks), *_leak_problems(inside, looks)]
@@ -276,16 +278,19 @@ def drop_problems(
     notes = [p for p in problems if p.kind != "label-not-in-gallery"] + orphans
     return kept.with_frame(kept.frame[~unanswered], None, checked=True), _record(notes, gone)
 
-# %% ../../nbs/01d_checks.ipynb #cd3efa37
+# %% ../../nbs/01d_checks.ipynb #598c4410
 def save_clean(
     catalog: Catalog | str | Path,
     problems: Sequence[Problem],
     folder: str | Path,  # receives the catalogue and dropped.csv
-    images: str = "link",  # "copy", "link" or "none", as in `Catalog.save`
+    images: str = "copy",  # safe to edit; "link": hard links, an edit changes the original too; "none": as in `Catalog.save`
     replace: bool = False,
 ) -> tuple[Catalog, pd.DataFrame]:  # the clean catalogue, and what was dropped or mended
-    "Write the clean catalogue and `dropped.csv`, the list of what was dropped and why."
+    "Write the clean catalogue, its pictures copied, and `dropped.csv`: what was dropped and why."
     clean, dropped = drop_problems(catalog, problems)
+    if not len(clean):
+        advice = "nothing is written; mend the table first"
+        raise InputError(f"{clean.file}: no row would be kept (problems: {len(problems)}); {advice}")
     folder = writable(clean, folder, images)
     with atomic_folder(folder, replace=replace) as new:
         write_catalog(clean, new, images)
