@@ -215,14 +215,14 @@ def embed(
     encoder = load_encoder(model, weights=weights or None)
     typer.echo(repr(run(encoder, open_catalog(data), out, split=split, batch_size=batch_size, dtype=dtype)))
 
-# %% ../nbs/A_command_line.ipynb #4e0175f2
+# %% ../nbs/A_command_line.ipynb #9717b6ea
 def _bytes(gigabytes: float | None) -> int | None:
     "GB as bytes; None stays None."
     if gigabytes is not None and not (math.isfinite(gigabytes) and 0 < gigabytes < 1e6):
         raise InputError(f"--memory {gigabytes}: expected GB, for example 2.5")
     return None if gigabytes is None else int(gigabytes * 1e9)
 
-
+# %% ../nbs/A_command_line.ipynb #64b86ad1
 @app.command()
 def index(
     embeddings: Annotated[Path, typer.Argument(help="An embeddings folder.")],

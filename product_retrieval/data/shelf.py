@@ -104,22 +104,22 @@ def _pastel(rng, low: float = 0.72, high: float = 0.97, tint: float = 0.035) -> 
     grey = rng.uniform(low, high)
     return np.clip(grey + rng.normal(0, tint, 3), 0.05, 1).astype(np.float32)
 
-# %% ../../nbs/02c_shelf.ipynb #f7d841da
-def plain(rng, size: int) -> np.ndarray:
+# %% ../../nbs/02c_shelf.ipynb #94e32a34
+def plain(rng: np.random.Generator, size: int) -> np.ndarray:
     "Studio paper: one colour that gets a little darker downwards."
     white = rng.random() < 0.6
     colour = _pastel(rng, 0.97, 1.0, 0.002) if white else _pastel(rng, 0.85, 0.97, 0.02)
     y = np.linspace(0, 1, size, dtype=np.float32)[:, None]
     return _mix(colour, colour * (0.97 if white else 0.9), np.broadcast_to(y, (size, size)))
 
-def gradient(rng, size: int) -> np.ndarray:
+def gradient(rng: np.random.Generator, size: int) -> np.ndarray:
     "Two colours that run into each other."
     a, (y, x) = rng.uniform(0, 6.28), np.mgrid[0:size, 0:size].astype(np.float32) / size
     share = np.clip((x - 0.5) * math.cos(a) + (y - 0.5) * math.sin(a) + 0.5, 0, 1)
     return _mix(_pastel(rng, 0.45, 0.95), _pastel(rng, 0.3, 0.95), share)
 
-# %% ../../nbs/02c_shelf.ipynb #dc5217dd
-def wood(rng, size: int) -> np.ndarray:
+# %% ../../nbs/02c_shelf.ipynb #9a6c56b6
+def wood(rng: np.random.Generator, size: int) -> np.ndarray:
     "Planks with grain, each cut from another place of the tree."
     planks, tone = int(rng.integers(3, 6)), rng.uniform(0.35, 1.0)
     grain = _fractal(rng, size, (24, 1)) * 0.8 + 0.12 * np.sin(_fractal(rng, size, (4, 1)) * 70)
@@ -133,8 +133,8 @@ def wood(rng, size: int) -> np.ndarray:
         picture[joint + k] *= 0.55
     return picture if rng.random() < 0.6 else picture.transpose(1, 0, 2)
 
-# %% ../../nbs/02c_shelf.ipynb #b0d38c85
-def marble(rng, size: int) -> np.ndarray:
+# %% ../../nbs/02c_shelf.ipynb #b2e41d1b
+def marble(rng: np.random.Generator, size: int) -> np.ndarray:
     "Pale stone with thin veins and soft clouds."
     cloud = _fractal(rng, size, (3, 3), 5)
     fold = np.abs(_fractal(rng, size, (2, 2), 4) - 0.5 + 0.12 * (cloud - 0.5))
@@ -142,7 +142,7 @@ def marble(rng, size: int) -> np.ndarray:
     pale = _pastel(rng, 0.86, 0.97)
     return _mix(pale, pale * 0.55, np.clip(0.7 * vein + 0.22 * cloud, 0, 1))
 
-def fabric(rng, size: int) -> np.ndarray:
+def fabric(rng: np.random.Generator, size: int) -> np.ndarray:
     "Woven cloth with soft folds."
     y, x = np.mgrid[0:size, 0:size]
     weave = 0.5 + 0.25 * np.sin(x * 1.9) * np.sign(np.sin(y * 0.95)) + 0.25 * np.sin(y * 1.9)
@@ -150,8 +150,8 @@ def fabric(rng, size: int) -> np.ndarray:
     colour = _pastel(rng, 0.35, 0.95)
     return _mix(colour * 0.72, colour, share)
 
-# %% ../../nbs/02c_shelf.ipynb #9c286683
-def tiles(rng, size: int) -> np.ndarray:
+# %% ../../nbs/02c_shelf.ipynb #deb1129c
+def tiles(rng: np.random.Generator, size: int) -> np.ndarray:
     "Bathroom tiles with joints."
     step, y, x = int(size * rng.uniform(0.16, 0.3)), *np.mgrid[0:size, 0:size]
     joint = ((x % step < size * 0.012) | (y % step < size * 0.012)).astype(np.float32)
@@ -161,8 +161,8 @@ def tiles(rng, size: int) -> np.ndarray:
 
 BACKGROUNDS = {"plain": plain, "gradient": gradient, "wood": wood, "marble": marble, "fabric": fabric, "tiles": tiles}
 
-# %% ../../nbs/02c_shelf.ipynb #0245e39f
-def board(rng, size: int, picture: np.ndarray, level: float) -> np.ndarray:
+# %% ../../nbs/02c_shelf.ipynb #d64d8e20
+def board(rng: np.random.Generator, size: int, picture: np.ndarray, level: float) -> np.ndarray:
     "Put a shelf board under the products: its upper face begins above `level`, its front edge shows below."
     y = np.arange(size, dtype=np.float32)[:, None] / size
     surface = BACKGROUNDS[str(rng.choice(["wood", "wood", "marble", "plain"]))](rng, size)
@@ -172,8 +172,8 @@ def board(rng, size: int, picture: np.ndarray, level: float) -> np.ndarray:
     front = np.where(y > edge, 0.62 - 0.5 * np.clip(y - edge, 0, 0.3), 1) + 0.25 * np.exp(-(((y - edge) / 0.006) ** 2))
     return picture * (wall * front)[..., None]
 
-# %% ../../nbs/02c_shelf.ipynb #677047b2
-def backdrop(rng, size: int, studio: bool, level: float) -> np.ndarray:
+# %% ../../nbs/02c_shelf.ipynb #3c0bd10d
+def backdrop(rng: np.random.Generator, size: int, studio: bool, level: float) -> np.ndarray:
     "A background [size, size, 3] in 0..1, with a board for half of the scenes outside the studio."
     if studio:
         return plain(rng, size)
@@ -242,8 +242,8 @@ def _pack_height(product: Product, side: float) -> float:
     half = max(w + abs(p.shift) for p in fitted_parts(product) for _, w in p.outline)
     return side / max(1.02, half / 50)
 
-# %% ../../nbs/02c_shelf.ipynb #1dfbc6c3
-def single_scene(product: Product, rng, config: CameraConfig) -> tuple[np.ndarray, list[Placed], float]:
+# %% ../../nbs/02c_shelf.ipynb #bd2a34bd
+def single_scene(product: Product, rng: np.random.Generator, config: CameraConfig) -> tuple[np.ndarray, list[Placed], float]:
     "One product, upright in the studio or anyhow elsewhere: background, packs, light."
     size, studio = config.picture_size * config.sharpness, rng.random() < config.studio
     view, turn = _view(rng, config, studio), rng.normal(0, config.rotation * (0.2 if studio else 1.0))
@@ -257,8 +257,10 @@ def single_scene(product: Product, rng, config: CameraConfig) -> tuple[np.ndarra
     level = (top + pack.height) / size if stands else 0
     return backdrop(rng, config.picture_size, studio, level), [Placed(product, pack, int(left), int(top), stands)], view.light
 
-# %% ../../nbs/02c_shelf.ipynb #8bc353ee
-def multi_scene(products: list[Product], rng, config: CameraConfig) -> tuple[np.ndarray, list[Placed], float]:
+# %% ../../nbs/02c_shelf.ipynb #a3f70e55
+def multi_scene(
+    products: list[Product], rng: np.random.Generator, config: CameraConfig
+) -> tuple[np.ndarray, list[Placed], float]:
     "Several products: in one or two rows on a board, or laid out flat; the ones in front cover those behind."
     size, view = config.picture_size * config.sharpness, _view(rng, config, False)
     studio = rng.random() < config.studio
@@ -273,8 +275,10 @@ def multi_scene(products: list[Product], rng, config: CameraConfig) -> tuple[np.
     scene += one_row(products[behind:], base, size, view, rng, config)
     return backdrop(rng, config.picture_size, studio, base - 0.03), scene, view.light
 
-# %% ../../nbs/02c_shelf.ipynb #88da364f
-def one_row(products: list[Product], base: float, size: int, view: View, rng, config: CameraConfig) -> list[Placed]:
+# %% ../../nbs/02c_shelf.ipynb #f4b1cd3f
+def one_row(
+    products: list[Product], base: float, size: int, view: View, rng: np.random.Generator, config: CameraConfig
+) -> list[Placed]:
     "Products side by side from left to right, standing near the height `base`."
     packs = [_group_pack(p, size, view, rng, config) for p in products]
     steps = [pack.width * (1 - rng.uniform(0, 2 * config.overlap)) for pack in packs[:-1]]
@@ -289,8 +293,8 @@ def one_row(products: list[Product], base: float, size: int, view: View, rng, co
         left += step * shrink
     return [placed for _, placed in sorted(scene, key=lambda pair: pair[0])]
 
-# %% ../../nbs/02c_shelf.ipynb #808fce23
-def flat_lay(products: list[Product], size: int, view: View, rng, config: CameraConfig) -> list[Placed]:
+# %% ../../nbs/02c_shelf.ipynb #412a0259
+def flat_lay(products: list[Product], size: int, view: View, rng: np.random.Generator, config: CameraConfig) -> list[Placed]:
     "Products laid on a table and seen from above: a loose grid, each turned its own way."
     columns = math.ceil(math.sqrt(len(products)))
     rows = math.ceil(len(products) / columns)
@@ -346,8 +350,8 @@ def _finger_blob(draw, rng, x, y, size):
         ends = sorted((tip + side * wide * 0.1, tip + side * wide * 0.75))
         draw.rounded_rectangle((ends[0], top + 0.2 * wide, ends[1], top + 0.8 * wide), wide * 0.28, (*map(int, nail), 255))
 
-# %% ../../nbs/02c_shelf.ipynb #0afd8390
-def draw_occluder(size: int, target: Placed, rng) -> Image.Image:
+# %% ../../nbs/02c_shelf.ipynb #7fd34623
+def draw_occluder(size: int, target: Placed, rng: np.random.Generator) -> Image.Image:
     "A leaf, a price tag or fingers over the rim of a pack, as RGBA layer."
     layer = Image.new("RGBA", (size, size))
     x = target.left + target.picture.width * rng.uniform(0.1, 0.9)
@@ -356,8 +360,8 @@ def draw_occluder(size: int, target: Placed, rng) -> Image.Image:
     kind(ImageDraw.Draw(layer), rng, x, y, size)
     return layer
 
-# %% ../../nbs/02c_shelf.ipynb #3d45036c
-def take_picture(canvas: Image.Image, light: float, rng, config: CameraConfig) -> Image.Image:
+# %% ../../nbs/02c_shelf.ipynb #514cb73e
+def take_picture(canvas: Image.Image, light: float, rng: np.random.Generator, config: CameraConfig) -> Image.Image:
     "What lens, lamp and sensor do: gradient of light, colour cast, blur, reduction, grain."
     size = config.picture_size
     image = canvas.resize((size, size), Image.BOX) if canvas.width != size else canvas
