@@ -80,7 +80,7 @@ def atomic_folder(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
-# %% ../nbs/00b_house.ipynb #ac533c17
+# %% ../nbs/00b_house.ipynb #bb977120
 def _sweep(path: Path) -> None:
     "Remove temporary folders of `path` whose process is gone."
     for left in path.parent.glob(f".{path.name}.*.part"):
@@ -91,13 +91,9 @@ def _sweep(path: Path) -> None:
 
 def _alive(process: int) -> bool:
     "Whether a process of this number exists."
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True
+    import psutil
+
+    return psutil.pid_exists(process)
 
 # %% ../nbs/00b_house.ipynb #278974ff
 def _swap_in(new: Path, path: Path) -> None:

@@ -340,7 +340,7 @@ def training_curves(folder: Path) -> dict[str, list[tuple[float, float]]]:
             curves |= {name: [(float(x), float(y)) for x, y in log[name].items()] for name in log if keep(name)}
     return {("training loss" if name == "loss" else f"validation {name}"): points for name, points in curves.items()}
 
-# %% ../nbs/00a_tour.ipynb #a06619ba
+# %% ../nbs/00a_tour.ipynb #c4d0d6e9
 def search_pictures(
     index: str | Path,  # an index folder
     model: str,  # a model folder or name, the one that made the index's vectors
@@ -352,8 +352,9 @@ def search_pictures(
     from product_retrieval.encoders import load_encoder
     from product_retrieval.search import Index
 
-    found = Index.load(index).search(_vectors(load_encoder(model, weights=weights), pictures), k)
-    answers = {}
+    stock, encoder = Index.load(index), load_encoder(model, weights=weights)
+    stock.check_encoder(encoder)
+    found, answers = stock.search(_vectors(encoder, pictures), k), {}
     for picture, ids, scores in zip(pictures, found.ids, found.scores, strict=True):
         answers[str(picture)] = [{"item_id": item, "score": float(score)} for item, score in zip(ids, scores, strict=False)]
     return answers

@@ -62,7 +62,8 @@ def test_size(path):
     assert path.stat().st_size <= 500 * 1024
     for cell in code(path):
         for out in cell["outputs"]:
-            picture = out.get("data", {}).get("image/png", "")
+            data = out.get("data", {})
+            picture = data.get("image/png", "") or data.get("image/jpeg", "")
             assert len("".join(picture)) * 3 / 4 <= 100 * 1024, f"a picture over 100 KB: {source(cell)[:80]}"
 
 
@@ -95,7 +96,7 @@ def test_outputs_present_clean_and_without_errors(path):
 @each(paths)
 def test_pictures_have_alternative_text(path):
     for cell in code(path):
-        if any("image/png" in out.get("data", {}) for out in cell["outputs"]):
+        if any({"image/png", "image/jpeg"} & set(out.get("data", {})) for out in cell["outputs"]):
             text = source(cell)
             assert re.search(r"(?m)^#\| fig-alt: .{20,}", text), f"no fig-alt: {text[:80]}"
             assert re.search(r"(?m)^#\| fig-cap: .{10,}", text), f"no fig-cap: {text[:80]}"
