@@ -463,14 +463,14 @@ def groups_from(run: Run, batches: Any) -> Iterator[list]:
             return
         yield list(itertools.islice(stream, size))
 
-# %% ../nbs/05a_training.ipynb #e44049c3
+# %% ../nbs/05a_training.ipynb #6c7790ad
 def use_bf16(precision: str, device: str) -> bool:
     "Whether to compute in bf16; `auto` says yes where the hardware multiplies matrices in it."
     if precision != "auto":
         return precision == "bf16"
     if torch.device(device).type == "cuda":
         return torch.cuda.is_bf16_supported()
-    return torch.device(device).type == "cpu" and torch.cpu._is_amx_tile_supported()
+    return torch.device(device).type == "cpu" and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
 
 # %% ../nbs/05a_training.ipynb #d07b4d50
 def train_step(run: Run, group: list) -> dict[str, float]:

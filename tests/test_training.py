@@ -175,7 +175,8 @@ def test_plan_counts_small_groups():
 
 def test_precision():
     assert use_bf16("bf16", "cpu") and not use_bf16("fp32", "cpu")
-    assert use_bf16("auto", "cpu") == torch.cpu._is_amx_tile_supported()
+    has_bf16 = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    assert use_bf16("auto", "cpu") == has_bf16
 
 
 # batches

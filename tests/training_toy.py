@@ -53,7 +53,7 @@ def parts(dropout: float = 0.2, batch_size: int = 10):
 def config(**changes) -> TrainConfig:
     "Four epochs of three steps, with everything switched on."
     settings = {"epochs": 4, "learning_rate": 0.01, "accumulate": 2, "ema": 0.8, "validate_every": 2, "checkpoint_every": 1,
-                "device": "cpu", "tensorboard": False, "rates": {"objective": 2.0}}
+                "device": "cpu", "precision": "fp32", "tensorboard": False, "rates": {"objective": 2.0}}
     return TrainConfig(**{**settings, **changes})
 
 
