@@ -203,8 +203,8 @@ def pick_examples(evaluation: Evaluation, metric: str = "mAP@10") -> dict[str, l
     worst = [int(row) for row in values.index[::-1] if int(row) not in better][:3]
     return {"What it finds": list(dict.fromkeys(better)), "What it misses": worst}
 
-# %% ../nbs/00a_tour.ipynb #21636284
-def _example(result: Result, catalog: Catalog, query: int, shown: int = 8) -> Example:
+# %% ../nbs/00a_tour.ipynb #07d1492e
+def _example(result: Result, catalog: Catalog, query: int, shown: int = 7) -> Example:
     "One query with its first results, ready for the report."
     queries, gallery = catalog.split("query"), catalog.split("gallery")
     wanted = set(queries.labels[query])
