@@ -44,12 +44,10 @@ class Handler(BaseHTTPRequestHandler):
             fault = fault.pop(0) if isinstance(fault, list) and fault else fault
             server.now += 1
             server.most = max(server.most, server.now)
-        try:
-            time.sleep(server.delay)
-            self.answer(server.files.get(self.path), fault)
-        finally:
-            with server.lock:
-                server.now -= 1
+        time.sleep(server.delay)
+        with server.lock:  # before the answer: once it is out, the client may already ask for the next picture
+            server.now -= 1
+        self.answer(server.files.get(self.path), fault)
 
     def answer(self, body, fault):
         if isinstance(fault, int) or body is None:

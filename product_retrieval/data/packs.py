@@ -193,17 +193,19 @@ def _leaf_points(x: float, y: float, length: float, turn: float, width: float = 
     across_x, across_y = -across * np.sin(turn), across * np.cos(turn)
     return list(zip(x + along * np.cos(turn) + across_x, y + along * np.sin(turn) + across_y, strict=True))
 
-# %% ../../nbs/02b_packs.ipynb #e8cdc124
+# %% ../../nbs/02b_packs.ipynb #b2c7fc1f
 def _round(draw, x, y, r, fill=None, outline=None, width=1):
     draw.ellipse((x - r, y - r, x + r, y + r), fill=fill, outline=outline, width=max(int(width), 1))
 
-def draw_flower(draw: Any, x: float, y: float, r: float, colour: Any, petals: int = 5, heart: Any = "#f6d976"):
+def draw_flower(draw: Any, x: float, y: float, r: float, colour: Any, petals: int = 5, heart: Any = "#f6d976") -> None:
+    "A flower of radius `r` pixels around (x, y)."
     for i in range(petals):
         a = 2 * math.pi * i / petals - math.pi / 2
         _round(draw, x + 0.55 * r * math.cos(a), y + 0.55 * r * math.sin(a), 0.46 * r, colour)
     _round(draw, x, y, 0.3 * r, heart)
 
-def draw_waves(draw: Any, x: float, y: float, r: float, colour: Any):
+def draw_waves(draw: Any, x: float, y: float, r: float, colour: Any) -> None:
+    "Three waves of half-width `r` pixels around (x, y)."
     t = np.linspace(-1, 1, 20)
     for k in (-0.5, 0.0, 0.5):
         points = list(zip(x + t * r, y + k * r + 0.18 * r * np.sin(t * 6), strict=True))
