@@ -131,12 +131,14 @@ def _by_words(job: Job, catalog: Catalog, folder: Path) -> np.ndarray:
 
     return retrieve(TitleWords().fit(catalog.split("gallery").titles), catalog, folder, job.k)
 
-# %% ../nbs/00a_tour.ipynb #ff21199d
+# %% ../nbs/00a_tour.ipynb #51cf231f
 def _by_model(job: Job, catalog: Catalog, folder: Path) -> np.ndarray:
     "Nearest vectors of an image model that is trained here, on coarse categories only."
+    from product_retrieval.encoders import ImageEncoder
     from product_retrieval.first_model import train_first_model
 
-    model = train_first_model(catalog, _recipe(job), folder / "training")
+    train_first_model(catalog, _recipe(job), folder / "training")
+    model = ImageEncoder.from_pretrained(folder / "training" / "model")  # what was saved is what is scored
     return retrieve(model, catalog, folder, job.k)
 
 

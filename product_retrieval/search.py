@@ -302,15 +302,20 @@ def _selector(allowed: np.ndarray) -> Any:
 
     return faiss.IDSelectorBitmap(np.packbits(allowed, bitorder="little"))
 
-# %% ../nbs/04c_search.ipynb #d9616b7e
+# %% ../nbs/04c_search.ipynb #1227489c
+def _plain_search(engine: Any) -> Callable:
+    "faiss's own search, also when a library has loaded `faiss.contrib.torch_utils`, which puts another in its place."
+    return getattr(engine, "search_numpy", engine.search)
+
+# %% ../nbs/04c_search.ipynb #237a1683
 def _graph_search(index: _State, queries: np.ndarray, k: int, effort: int, allowed: np.ndarray | None) -> tuple:
     "Walk the graph; `effort` candidates are kept on the way."
     import faiss
 
     chosen = {} if allowed is None else {"sel": _selector(allowed)}
-    return index.engine.search(queries, k, params=faiss.SearchParametersHNSW(efSearch=max(effort, k), **chosen))
+    return _plain_search(index.engine)(queries, k, params=faiss.SearchParametersHNSW(efSearch=max(effort, k), **chosen))
 
-# %% ../nbs/04c_search.ipynb #4865d367
+# %% ../nbs/04c_search.ipynb #e41cf224
 def _code_search(index: _State, queries: np.ndarray, k: int, effort: int, allowed: np.ndarray | None) -> tuple:
     "Scan the codes of `effort` lists, then score the best `k * rerank` with their exact vectors."
     import faiss
@@ -318,7 +323,7 @@ def _code_search(index: _State, queries: np.ndarray, k: int, effort: int, allowe
     chosen = {} if allowed is None else {"sel": _selector(allowed)}
     params = faiss.IVFSearchParameters(nprobe=min(effort, index.settings["lists"]), **chosen)
     rerank = index.settings["rerank"]
-    scores, slots = index.engine.search(queries, min(k * max(rerank, 1), len(index.alive)), params=params)
+    scores, slots = _plain_search(index.engine)(queries, min(k * max(rerank, 1), len(index.alive)), params=params)
     return _rescored(index, queries, slots, k) if rerank else (scores, slots)
 
 # %% ../nbs/04c_search.ipynb #c8f81225
@@ -334,7 +339,7 @@ def _rescored(index: _State, queries: np.ndarray, slots: np.ndarray, k: int) -> 
     order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
     return np.take_along_axis(scores, order, 1), np.take_along_axis(slots, order, 1)
 
-# %% ../nbs/04c_search.ipynb #3e4461b0
+# %% ../nbs/04c_search.ipynb #418563bb
 def _search_slots(index: _State, queries: np.ndarray, k: int, allowed: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
     "Scores and slots [n, k]; exact over the subset when a filter leaves little."
     count = len(index) if allowed is None else int(allowed.sum())
@@ -343,7 +348,7 @@ def _search_slots(index: _State, queries: np.ndarray, k: int, allowed: np.ndarra
         empty = np.full((len(queries), 0), -1)
         return _padded(empty.astype(np.float32), empty, width)
     if index.kind == "flat" and allowed is None:
-        found = index.engine.search(queries, k)
+        found = _plain_search(index.engine)(queries, k)
     elif index.kind == "flat" or (allowed is not None and _small(index, count)):
         found = _exactly(index, queries, k, allowed, count)
     else:

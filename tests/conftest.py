@@ -1,11 +1,18 @@
 """What several test files share: real data when it is there, a skip with a reason when it is not, a small shelf."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
 
 repository = Path(__file__).resolve().parents[1]
+
+
+def pytest_configure():
+    "A shell that starts the tests in the background makes them ignore Ctrl-C, and every child of theirs; undo that."
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)

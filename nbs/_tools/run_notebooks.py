@@ -76,6 +76,7 @@ def run_here(path: Path, save: bool) -> None:
         cell.execution_count = None
     if save:
         write_nb(notebook, path)
+        os.chdir(path.parent)  # a chapter may have moved; nbdev looks for its settings from here
         from nbdev.clean import nbdev_clean
 
         nbdev_clean(str(path))
