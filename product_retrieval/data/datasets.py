@@ -288,29 +288,6 @@ def _forget(part: Path) -> None:
     part.unlink(missing_ok=True)
     _stamp(part).unlink(missing_ok=True)
 
-# %% ../../nbs/01b_datasets.ipynb #1cf23e84
-def _append(answer: Any, part: Path, have: int, progress: Callable | None) -> None:
-    "Write the body behind the first `have` bytes; a body shorter than announced is a passing error."
-    length = answer.headers.get("Content-Length")
-    total = have + int(length) if length else None
-    with open(part, "r+b" if have else "wb") as file:
-        file.seek(have)
-        while block := answer.read(1 << 18):
-            file.write(block)
-            have += len(block)
-            if progress:
-                progress(have, total)
-    if total is not None and have < total:
-        raise http.client.IncompleteRead(b"", total - have)
-
-# %% ../../nbs/01b_datasets.ipynb #ca8fa021
-def _short(error: Exception) -> str:
-    "An error in a few words."
-    if isinstance(error, urllib.error.HTTPError):
-        return f"HTTP {error.code} {error.reason}"
-    reason = getattr(error, "reason", None) or error
-    return f"{type(error).__name__}: {reason}" if str(reason) else type(error).__name__
-
 # %% ../../nbs/01b_datasets.ipynb #1a4db27e
 def _wait(attempt: int, polite: Polite, error: Exception | None = None, stop: threading.Event | None = None) -> None:
     "Exponential back-off with jitter; a server that names a time (Retry-After) gets it."
@@ -678,47 +655,6 @@ def _unpack(archive: Path, folder: Path) -> None:
         archive.unlink()
         raise InputError(f"{archive}: broken archive ({error}); deleted, try again") from None
 
-# %% ../../nbs/01b_datasets.ipynb #ade50844
-def _grocery_note(root: Path) -> str:
-    "Which known variant this is; an unknown one is an error."
-    found = git_tree_hash(root)
-    if found not in GROCERY_TREES:
-        known = ", ".join(f"{tree[:12]} ({what})" for tree, what in GROCERY_TREES.items())
-        advice = "files are missing, added or changed; fetch it again, or pass verify=False"
-        raise InputError(f"{root}: git tree hash {found[:12]}; expected {known}: {advice}")
-    return GROCERY_TREES[found]
-
-# %% ../../nbs/01b_datasets.ipynb #55bec1d6
-def _grocery_classes(root: Path) -> pd.DataFrame:
-    "One row for each fine class: name, category 'Fruit/Apple', iconic picture, description."
-    table = pd.read_csv(root / "classes.csv", dtype=str)
-    table.columns = ["label", "id", "coarse", "coarse_id", "image", "description"]
-    meta = table["image"].str.split("/").str[2]
-    texts = [(root / p.lstrip("/")).read_text(encoding="utf-8").strip() for p in table["description"]]
-    image = table["image"].str.lstrip("/")
-    return pd.DataFrame({"label": table["label"], "category": meta + "/" + table["coarse"], "image": image, "title": texts})
-
-# %% ../../nbs/01b_datasets.ipynb #5d69c91c
-def _grocery_iconic(root: Path, classes: pd.DataFrame, split: str) -> pd.DataFrame:
-    "The iconic pictures as gallery items. Both galleries hold them, under ids of their own."
-    ids = [f"{split.replace('_', '-')}-{k:03d}" for k in range(len(classes))]
-    columns = {"item_id": ids, "split": split, "labels": classes["label"]}
-    return classes[["image", "title", "category"]].assign(**columns)
-
-# %% ../../nbs/01b_datasets.ipynb #6856057a
-def _grocery_photos(root: Path, classes: pd.DataFrame, file: str, split: str) -> pd.DataFrame:
-    "The photos of one list. Their ids say nothing about the class; they have no titles."
-    images, labels = [], []
-    for number, line in enumerate((root / file).read_text(encoding="utf-8").splitlines(), start=1):
-        parts = line.split(", ")
-        if len(parts) != 3 or not parts[1].isdigit() or int(parts[1]) >= len(classes):
-            raise InputError(f"{root / file}, line {number}: {line!r}; expected 'path, fine label, coarse label'")
-        images.append(parts[0])
-        labels.append(int(parts[1]))
-    known = classes.iloc[labels].reset_index(drop=True)
-    columns = {"item_id": [f"{Path(file).stem}-{k:04d}" for k in range(len(images))], "image": images, "title": ""}
-    return pd.DataFrame({**columns, "split": split, "category": known["category"], "labels": known["label"]})
-
 # %% ../../nbs/01b_datasets.ipynb #03d7d154
 def read_product1m(
     path: str | Path,  # UTF-8, one item a line, fields joined by '#####'
@@ -746,25 +682,6 @@ def _line_blocks(file: IO[bytes], size: int = 1 << 24) -> Iterator[tuple[int, li
         first += len(lines)
 
 # %% ../../nbs/01b_datasets.ipynb #dad5731f
-def _product1m_block(lines: list[bytes], first: int, path: Path, split: str) -> pd.DataFrame:
-    "A block of lines as a frame: all at once, or line by line where something is unusual."
-    fields = 4 if split == "train" else 5
-    numbers, columns = np.arange(first, first + len(lines)), _fast_columns(b"".join(lines), fields)
-    if columns is None or len(columns[0]) != len(lines):
-        rows = [text.split("#####") for text in _decode_lines(lines, first, path)]
-        rows, numbers = _check_rows(rows, numbers, fields, path)
-        columns = [pd.Series(c, dtype="str") for c in list(zip(*rows, strict=True)) or [()] * fields]
-    return _product1m_frame(columns, numbers, path, split)
-
-# %% ../../nbs/01b_datasets.ipynb #56ccc0f8
-def _line_blocks(file: IO[bytes], size: int = 1 << 24) -> Iterator[tuple[int, list[bytes]]]:
-    "Lines in blocks of about 16 MB, with the number of the first. Only a line feed ends a line."
-    first = 1
-    while lines := file.readlines(size):
-        yield first, lines
-        first += len(lines)
-
-# %% ../../nbs/01b_datasets.ipynb #b0ef180e
 def _product1m_block(lines: list[bytes], first: int, path: Path, split: str) -> pd.DataFrame:
     "A block of lines as a frame: all at once, or line by line where something is unusual."
     fields = 4 if split == "train" else 5
