@@ -261,6 +261,14 @@ def test_files_are_not_fetched_from_this_machine(tmp_path):
     assert report.failed == 1 and "http" in report.failures.read_text()
 
 
+def pictures_in(folder):
+    "Pictures so far; a folder that the downloader removes while we look is looked at again."
+    try:
+        return list(folder.rglob("*.jpg"))
+    except FileNotFoundError:
+        return pictures_in(folder)
+
+
 def test_resume_after_sigkill(server, tmp_path):
     names = [f"p{k:03d}" for k in range(120)]
     server.files, server.delay = {f"/{n}.jpg": picture(k, 200) for k, n in enumerate(names)}, 0.02
@@ -272,8 +280,8 @@ def test_resume_after_sigkill(server, tmp_path):
     )
     for _ in range(2):
         process = subprocess.Popen([sys.executable, "-c", code])
-        enough = len(list((tmp_path / "out").rglob("*.jpg"))) + 20
-        while len(list((tmp_path / "out").rglob("*.jpg"))) < enough and process.poll() is None:
+        enough = len(pictures_in(tmp_path / "out")) + 20
+        while len(pictures_in(tmp_path / "out")) < enough and process.poll() is None:
             time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
         process.wait()
