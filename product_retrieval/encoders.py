@@ -21,7 +21,7 @@ from .core import InputError, atomic_folder, cache_dir, did_you_mean, human_size
 __all__ = ['unit', 'HubLayout', 'rgb_to_hsv', 'rgb_to_lab', 'count_colors', 'ColorHistogram', 'RawPixels', 'words', 'weigh_words',
            'title_vectors', 'TitleWords', 'EncoderConfig', 'GeM', 'ImageEncoder', 'encode_pixels', 'read_weights',
            'fill', 'weights_convention', 'image_encoder', 'vectors_of', 'OpenClipConfig', 'OpenClipEncoder',
-           'encode_titles', 'open_clip_encoder', 'model_card', 'load_encoder']
+           'encode_titles', 'open_clip_encoder', 'check_model_folder', 'model_card', 'load_encoder']
 
 # %% ../nbs/04a_encoders.ipynb #29dd137d
 def unit(
@@ -30,9 +30,10 @@ def unit(
     "Scale each row to length 1, so that a dot product is a cosine."
     return functional.normalize(vectors.float(), dim=-1)
 
-# %% ../nbs/04a_encoders.ipynb #c62289d0
+# %% ../nbs/04a_encoders.ipynb #1f66dc5a
 class HubLayout:
     "An encoder that is saved, loaded and published as a folder in the layout of the Hugging Face Hub."
+    more_files: tuple[str, ...] = ()  # names of further files, for instance a tokenizer
 
     def save_pretrained(self, folder: str | Path, card: str = "") -> Path:
         "Write config, preprocessing, weights and model card in one atomic step; `card` is text for the model card."
@@ -46,6 +47,14 @@ class HubLayout:
     def push_to_hub(self, repository: str, private: bool = True, card: str = "", token: str | None = None) -> str:
         "Publish the folder as `owner/name` on the Hugging Face Hub; returns its address."
         return _publish(self, repository, private, card, token)
+
+    def write_files(self, folder: Path) -> None:
+        "A hook for kinds with `more_files`: write them into the new folder."
+
+    @classmethod
+    def read_files(cls, folder: Path) -> dict:
+        "The other half of the hook: what the files say, as settings for `rebuild`."
+        return {}
 
 # %% ../nbs/04a_encoders.ipynb #5ff2e5e4
 class _Simple(HubLayout):
@@ -683,13 +692,12 @@ def _fill_clip(encoder: OpenClipEncoder, tensors: dict, source: str) -> OpenClip
     own = encoder.state_dict()
     return fill(encoder, {key: value for key, value in tensors.items() if key in own or "position_ids" not in key}, source)
 
-# %% ../nbs/04a_encoders.ipynb #0d8facd6
+# %% ../nbs/04a_encoders.ipynb #facb08db
 def _write_folder(encoder: Any, folder: Path, card: str) -> Path:
     "The folder in the Hub's layout."
     from safetensors.torch import save_file
 
-    if folder.exists() and any(folder.iterdir()) and not (folder / "config.json").is_file():
-        raise InputError(f"{folder}: holds other files and no config.json; choose another folder")
+    check_model_folder(folder)
     settings, tensors = encoder.settings(), encoder.tensors()
     with atomic_folder(folder, replace=True) as new:
         preprocessing = {key: settings.pop(key) for key in _PREPROCESSING if key in settings}
@@ -698,7 +706,15 @@ def _write_folder(encoder: Any, folder: Path, card: str) -> Path:
         if tensors:
             save_file(tensors, new / "model.safetensors", metadata={"format": "pt"})
         (new / "README.md").write_text(model_card(encoder, card), encoding="utf-8")
+        encoder.write_files(new)
     return folder
+
+
+def check_model_folder(folder: str | Path) -> None:
+    "Raise `InputError` when a model cannot be written to `folder` because other files are there."
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not (folder / "config.json").is_file():
+        raise InputError(f"{folder}: holds other files and no config.json; choose another folder")
 
 # %% ../nbs/04a_encoders.ipynb #df27e270
 _CARD = """---
@@ -732,25 +748,44 @@ def model_card(encoder: Any, text: str = "") -> str:
 _KINDS = {kind.__name__: kind for kind in (ColorHistogram, RawPixels, TitleWords, ImageEncoder, OpenClipEncoder)}
 _BASELINES = {"color-histogram": ColorHistogram, "raw-pixels": RawPixels, "title-words": TitleWords}
 
-# %% ../nbs/04a_encoders.ipynb #91710dcf
+# %% ../nbs/04a_encoders.ipynb #ff89c955
+def _kind_of(name: Any, source: Path) -> type:
+    "The class that a config.json names: one of this chapter, or one that an installed package registers."
+    from importlib.metadata import entry_points
+
+    registered = {entry.name: entry for entry in entry_points(group="product_retrieval.encoders")}
+    known = {**_KINDS, **registered}
+    if not isinstance(name, str) or name not in known:
+        raise InputError(f"{source}: no encoder of ours; expected \"encoder\": one of {', '.join(known)}")
+    return _KINDS[name] if name in _KINDS else registered[name].load()
+
+# %% ../nbs/04a_encoders.ipynb #e7305291
 def _read_folder(folder: Path, cls: type) -> Any:
     "An encoder from a folder; `cls` is what the caller expects."
-    settings = {**read_json(folder / "config.json"), **read_json(folder / "preprocessor_config.json")}
-    kind = _KINDS.get(settings.pop("encoder", ""))
-    if kind is None:
-        raise InputError(f"{folder}/config.json: no encoder of ours; expected \"encoder\": one of {', '.join(_KINDS)}")
+    source = folder / "config.json"
+    settings = {**read_json(source, dict), **read_json(folder / "preprocessor_config.json", dict)}
+    kind = _kind_of(settings.pop("encoder", ""), source)
     if not issubclass(kind, cls):
         raise InputError(f"{folder}: holds a {kind.__name__}, not a {cls.__name__}; use load_encoder")
     if settings.pop("format", 1) != 1:
-        raise InputError(f"{folder}/config.json: written by a newer version; upgrade product_retrieval")
-    file = folder / "model.safetensors"
-    tensors = read_weights(file) if issubclass(kind, nn.Module) else {}
-    return kind.rebuild(settings, tensors)
+        raise InputError(f"{source}: written by a newer version; upgrade product_retrieval")
+    tensors = read_weights(folder / "model.safetensors") if issubclass(kind, nn.Module) else {}
+    return _rebuilt(kind, {**settings, **kind.read_files(folder)}, tensors, source)
 
-# %% ../nbs/04a_encoders.ipynb #46f9cd91
-_FILES = ("config.json", "preprocessor_config.json", "model.safetensors", "README.md")
+# %% ../nbs/04a_encoders.ipynb #2653b238
+def _rebuilt(kind: type, settings: dict, tensors: dict, source: Path) -> Any:
+    "The encoder that the settings describe; settings of a wrong type are an `InputError` that names the file."
+    try:
+        return kind.rebuild(settings, tensors)
+    except InputError:
+        raise
+    except (TypeError, ValueError, AttributeError, KeyError, RuntimeError) as error:
+        raise InputError(f"{source}: no {kind.__name__} can be made of these settings ({error}); save it again") from error
 
-# %% ../nbs/04a_encoders.ipynb #c57dd117
+# %% ../nbs/04a_encoders.ipynb #960efd93
+_FILES = ("config.json", "preprocessor_config.json", "model.safetensors", "README.md", "tokenizer.json")
+
+# %% ../nbs/04a_encoders.ipynb #34882bcb
 def _find_folder(name: str, revision: str | None) -> Path:
     "A local folder, or a snapshot of a repository of the Hub."
     if Path(name).is_dir():
@@ -759,8 +794,8 @@ def _find_folder(name: str, revision: str | None) -> Path:
         raise InputError(f"{name}: no such folder; expected a saved encoder or owner/name on the Hugging Face Hub")
     advice = f"keep the folder of {name} there, then load it by its path"
     first = _hub_file(name, "config.json", advice, revision)
-    needs = read_json(first).get("encoder") in ("ImageEncoder", "OpenClipEncoder")
-    for file in ("preprocessor_config.json", *(["model.safetensors"] if needs else [])):
+    kind = _kind_of(read_json(first, dict).get("encoder"), first)
+    for file in ("preprocessor_config.json", *(["model.safetensors"] if issubclass(kind, nn.Module) else []), *kind.more_files):
         _hub_file(name, file, advice, revision)
     return first.parent
 
@@ -778,7 +813,7 @@ def _publish(encoder: Any, repository: str, private: bool, card: str, token: str
         api.upload_folder(repo_id=repository, folder_path=folder, allow_patterns=list(_FILES))
     return str(address)
 
-# %% ../nbs/04a_encoders.ipynb #ff991d82
+# %% ../nbs/04a_encoders.ipynb #f0617536
 def load_encoder(
     name_or_folder: str | Path,  # a saved folder, a baseline, a timm name, "open_clip:NAME/TAG" or a Hub repository
     weights: str | Path | None = None,  # None = published or saved, "random" = from scratch, or a .safetensors file
@@ -787,6 +822,8 @@ def load_encoder(
     "Any encoder by name."
     name = str(name_or_folder)
     if name in _BASELINES:
+        if weights is not None:
+            raise InputError(f"{name} has no weights, but weights={str(weights)!r} was given; leave them out, or name a model")
         return _config_from(_BASELINES[name], options)
     if name.startswith("open_clip:"):
         backbone, _, tag = name[10:].partition("/")

@@ -167,7 +167,7 @@ def recall_at(hits: np.ndarray, counts: np.ndarray, k: int) -> np.ndarray:
     "The share of all positives that stand among the first `k`. Its mean over queries is eProduct's MAR@k."
     return _share(np.count_nonzero(hits[:, :k], axis=1), counts)
 
-# %% ../nbs/03a_evaluation.ipynb #2c86bae3
+# %% ../nbs/03a_evaluation.ipynb #77a30334
 def _share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
     "`part / whole`, and 0 where `whole` is 0."
     return np.divide(part, whole, out=np.zeros(len(part)), where=np.asarray(whole) > 0)
@@ -175,7 +175,8 @@ def _share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
 
 def _found(hits: np.ndarray, k: int | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     "All hits as three lists: the query, the rank (from 1), and the how-manieth hit of the query it is."
-    query, place = np.nonzero(hits[:, :k])
+    hits = hits[:, :k]
+    query, place = np.divmod(np.flatnonzero(hits), max(1, hits.shape[1]))  # several times as fast as np.nonzero
     counts = np.bincount(query, minlength=len(hits))
     nth = np.arange(1, len(query) + 1) - np.repeat(np.cumsum(counts) - counts, counts)
     return query, place + 1, nth

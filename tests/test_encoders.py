@@ -254,6 +254,32 @@ def test_a_saved_encoder_is_replaced_whole(tmp_path):
     assert not (tmp_path / "model" / "model.safetensors").exists() and load_encoder(tmp_path / "model").name == "raw pixels"
 
 
+class Elsewhere(HubLayout):
+    "An encoder of another package, with a file of its own."
+
+    name, dim, size, more_files = "elsewhere", 1, 0, ("tokenizer.json",)
+
+    def __init__(self, word):
+        self.word = word
+
+    def settings(self):
+        return {}
+
+    def tensors(self):
+        return {}
+
+    def write_files(self, folder):
+        (folder / "tokenizer.json").write_text(json.dumps(self.word))
+
+    @classmethod
+    def read_files(cls, folder):
+        return {"word": json.loads((folder / "tokenizer.json").read_text())}
+
+    @classmethod
+    def rebuild(cls, settings, tensors):
+        return cls(**settings)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -261,6 +287,8 @@ def test_a_saved_encoder_is_replaced_whole(tmp_path):
         ({"format": 2}, "newer version"),
         ({"bakbone": "resnet18"}, "backbone"),
         ({"dim": 16}, "do not fit"),
+        ({"dim": "many"}, r"config\.json"),
+        ({"encoder": ["ImageEncoder"]}, "no encoder of ours"),
     ],
 )
 def test_broken_folders(tmp_path, change, message):
@@ -269,6 +297,28 @@ def test_broken_folders(tmp_path, change, message):
     (folder / "config.json").write_text(json.dumps({**config, **change}))
     with pytest.raises(InputError, match=message):
         load_encoder(folder)
+
+
+def test_config_that_is_a_list(tmp_path):
+    folder = RawPixels().save_pretrained(tmp_path / "model")
+    (folder / "config.json").write_text("[]")
+    with pytest.raises(InputError, match=r"config\.json.*expected a dict"):
+        load_encoder(folder)
+
+
+def test_weights_beside_a_baseline():
+    with pytest.raises(InputError, match="color-histogram has no weights"):
+        load_encoder("color-histogram", weights="some.safetensors")
+
+
+def test_kinds_that_other_packages_register(tmp_path, monkeypatch):
+    from importlib import metadata
+
+    entry = metadata.EntryPoint("Elsewhere", f"{__name__}:Elsewhere", "product_retrieval.encoders")
+    plain = metadata.entry_points
+    monkeypatch.setattr(metadata, "entry_points", lambda **asked: [entry] if asked else plain())
+    again = load_encoder(Elsewhere("a secret").save_pretrained(tmp_path / "model"))
+    assert isinstance(again, Elsewhere) and again.word == "a secret"
 
 
 def test_missing_weights_and_folders(tmp_path):

@@ -48,6 +48,14 @@ def test_a_run_from_catalogue_to_saved_model(tiny_shelf, tmp_path):
     assert saved.name == encoder.name == "resnet10t, coarse"
 
 
+def test_a_folder_with_other_files_is_refused_before_the_training(tiny_shelf, tmp_path):
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    (tmp_path / "run" / "model" / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match="holds other files"):
+        train_first_model(tiny_shelf, short(), tmp_path / "run", workers=0)
+    assert not (tmp_path / "run" / "train.csv").exists()
+
+
 def test_the_same_seed_gives_the_same_model_and_a_finished_run_is_not_repeated(tiny_shelf, tmp_path):
     first = train_first_model(tiny_shelf, short(), tmp_path / "a", workers=0)
     second = train_first_model(tiny_shelf, short(), tmp_path / "b", workers=0)
