@@ -306,28 +306,21 @@ def _hide(objective: CaptureObjective, batch: Any, copies: int) -> _Masked:
         found.region_targets = truth if objective.centres is None else class_distribution(truth, objective.centres)
     return found
 
-# %% ../../nbs/08b_objectives.ipynb #22df6496
-def _guess(objective: CaptureObjective, model: Any, masked: _Masked) -> tuple[torch.Tensor, ...]:
-    "Both projections (empty where absent), then sums and counts of the masked losses, each [1]."
+# %% ../../nbs/08b_objectives.ipynb #31802f82
+def _guess(objective: CaptureObjective, model: Any, batch: Any, copies: int) -> tuple[torch.Tensor, ...]:
+    "The two sides of the contrastive loss, then sums and counts of the masked losses, each [1]."
+    _check_inputs(batch)
+    masked = _hide(objective, batch, copies)
     out = model(**{name: getattr(masked, name) for name in _INPUTS})
-    empty = torch.zeros(1, device=(masked.tokens if masked.tokens is not None else masked.regions).device)
+    empty = torch.zeros(1, device=batch.rows.device)
     language, region = (empty, empty), (empty, empty)
     if out.fused_text is not None:
         language = _language_sum(model, out.fused_text, masked.token_targets)
     if out.fused_image is not None:
         which = masked.which[:, : out.fused_image.shape[1]]
         region = _region_sum(model, out.fused_image, which, masked.region_targets, objective.config.region_target)
-    sides = (empty[:0, None] if p is None else p for p in (out.text_projection, out.image_projection))
-    return *sides, *language, *region
-
-# %% ../../nbs/08b_objectives.ipynb #713fe78e
-def _contrast(objective: CaptureObjective, text: torch.Tensor, image: torch.Tensor, batch: Any) -> torch.Tensor:
-    "Caption against picture; with one stream, one masked copy against the other."
-    sides = [side for side in (text, image) if len(side)]
-    if not sides:
-        return torch.zeros((), device=text.device)
-    a, b = sides if len(sides) == 2 else sides[0].chunk(2)
-    return objective.match(a, b, _same(objective, batch))
+    sides = [side for side in (out.text_projection, out.image_projection) if side is not None]
+    return *(sides[0].chunk(2) if copies == 2 else sides), *language, *region
 
 # %% ../../nbs/08b_objectives.ipynb #8c22e7c2
 def _same(objective: CaptureObjective, batch: Any) -> torch.Tensor | None:
@@ -343,7 +336,7 @@ def _same(objective: CaptureObjective, batch: Any) -> torch.Tensor | None:
     others = tuple(gather_with_gradient(x) for x in wide)
     return shared_words(batch.tokens, batch.token_mask, table, others) >= config.alike
 
-# %% ../../nbs/08b_objectives.ipynb #6ab451ba
+# %% ../../nbs/08b_objectives.ipynb #e25907b7
 class CaptureObjective(nn.Module):
     "Masked language + masked region + contrastive, for every variant of the model."
 
@@ -363,11 +356,10 @@ class CaptureObjective(nn.Module):
 
     def forward(self, model: Any, batch: Any) -> dict[str, torch.Tensor]:
         "The weighted sum `loss`, and its parts `language`, `region` and `contrastive`."
-        _check_inputs(batch)
         copies = 2 if getattr(getattr(model, "config", None), "streams", "both") in ("text", "image") else 1
-        encode, masked, chunk = lambda part: _guess(self, model, part), _hide(self, batch, copies), self.config.chunk
-        text, image, *sums = cached(encode, masked, chunk) if chunk else encode(masked)
+        encode, chunk = lambda part: _guess(self, model, part, copies), self.config.chunk
+        a, b, *sums = cached(encode, batch, chunk) if chunk else encode(batch)
         words, word_count, regions, region_count = (part.sum() for part in sums)
         parts = {"language": words / word_count.clamp(min=1), "region": regions / region_count.clamp(min=1)}
-        parts["contrastive"] = _contrast(self, text, image, batch)
+        parts["contrastive"] = self.match(a, b, _same(self, batch))
         return {"loss": sum(getattr(self.config, name) * value for name, value in parts.items()), **parts}
