@@ -18,153 +18,11 @@ from ..core import InputError, atomic_folder, did_you_mean, read_json, write_jso
 from ..encoders import _KINDS, HubLayout, fill, read_weights, unit
 
 # %% auto #0
-__all__ = ['PRESETS', 'CaptureConfig', 'capture_config', 'CaptureBatch', 'attention_weights', 'attend', 'SelfAttention',
-           'FeedForward', 'StreamLayer', 'TextStream', 'VisualStream', 'CoLayer', 'quick_gelu', 'FusedBlock',
-           'FusedStream', 'TokenHead', 'RegionHead', 'CaptureOutput', 'CaptureModel', 'official_names',
-           'official_settings', 'config_from_official', 'config_from_shapes', 'read_official', 'word_to_region',
-           'check_batch', 'by_length', 'count_flops']
-
-# %% ../../nbs/07b_capture_model.ipynb #35c5ed08
-_PARTS = {  # what each value of `streams` is made of
-    "both": ("text", "image", "co", "fused"),
-    "no-co": ("text", "image", "fused"),
-    "single": ("fused",),
-    "dual": ("text", "image"),
-    "late": ("text", "image", "whole"),
-    "text": ("text",),
-    "image": ("image",),
-}
-
-# %% ../../nbs/07b_capture_model.ipynb #6616d743
-@dataclass
-class CaptureConfig:
-    "Everything that describes a `CaptureModel` except its weights; the defaults are the released set-up."
-
-    vocabulary: int = 21128  # entries of the word table
-    tokens: int = 36  # longest caption, [CLS] and [SEP] included
-    text_positions: int = 512  # rows of the text stream's position table
-    segments: int = 2  # rows of its segment table
-    hidden: int = 768  # width of the text stream and of the fused stream
-    text_layers: int = 4
-    text_heads: int = 12
-    text_inner: int = 3072  # width inside the feed-forward part
-    visual_hidden: int = 768  # width of the visual stream
-    visual_layers: int = 4
-    visual_heads: int = 8
-    visual_inner: int = 1024
-    co_layers: int = 4
-    co_hidden: int = 512  # width in which words and regions compare
-    co_heads: int = 8
-    fused_layers: int = 6
-    fused_heads: int = 8
-    fused_positions: int = 128  # rows of the fused stream's position table
-    region_dim: int = 2048  # numbers per region
-    regions: int = 37  # most rows per picture, the whole picture included
-    projection: int = 512  # length of the projections and of the outputs
-    region_target: str = "feature"  # what a masked region predicts: "feature" or "classes"
-    region_classes: int = 1601  # length of a class distribution
-    dropout: float = 0.1
-    streams: str = "both"  # "both", "no-co", "single", "dual", "late", "text" or "image"
-    weights: str = "random"  # where the weights came from
-    name: str = "capture"
-
-    def __post_init__(self) -> None:
-        _check_config(self)
-
-# %% ../../nbs/07b_capture_model.ipynb #5b129087
-def _has(config: CaptureConfig, part: str) -> bool:
-    "Whether the variant has a part: reading words or regions, own layers, co-attention, fusion."
-    parts = _PARTS[config.streams]
-    if part in ("words", "regions"):
-        return "fused" in parts or {"words": "text", "regions": "image"}[part] in parts
-    return part in parts
-
-# %% ../../nbs/07b_capture_model.ipynb #d38b2ad7
-def _check_config(config: CaptureConfig) -> None:
-    "Raise `InputError` for settings that cannot be built."
-    for name, known in (("streams", _PARTS), ("region_target", ("feature", "classes"))):
-        if getattr(config, name) not in known:
-            raise InputError(f"{name} = {getattr(config, name)!r}: unknown{did_you_mean(getattr(config, name), known)}")
-    for field in fields(config):
-        least = 0 if field.name.endswith("layers") else 1
-        if field.type == "int" and getattr(config, field.name) < least:
-            raise InputError(f"{field.name} = {getattr(config, field.name)}: expected at least {least}")
-    for width, heads in (("hidden", "text"), ("visual_hidden", "visual"), ("co_hidden", "co"), ("hidden", "fused")):
-        if getattr(config, width) % (count := getattr(config, f"{heads}_heads")):
-            raise InputError(f"{width} = {getattr(config, width)}: not divisible by {heads}_heads = {count}")
-    _check_lengths(config)
-
-# %% ../../nbs/07b_capture_model.ipynb #c9a42d45
-def _check_lengths(config: CaptureConfig) -> None:
-    "Position tables are long enough, and streams that meet have one width."
-    if config.tokens > config.text_positions:
-        raise InputError(f"tokens = {config.tokens}: expected at most text_positions = {config.text_positions}")
-    if not _has(config, "fused"):
-        return
-    if config.tokens + config.regions > config.fused_positions:
-        total = f"tokens + regions = {config.tokens} + {config.regions}"
-        raise InputError(f"{total}: expected at most fused_positions = {config.fused_positions}")
-    if config.visual_hidden != config.hidden:
-        raise InputError(f"visual_hidden = {config.visual_hidden}: the fused stream needs hidden = {config.hidden}")
-
-# %% ../../nbs/07b_capture_model.ipynb #2c2e243a
-_SMALL = CaptureConfig(
-    vocabulary=2000, tokens=36, text_positions=64, hidden=128, text_layers=2, text_heads=4, text_inner=512, visual_hidden=128,
-    visual_layers=2, visual_heads=4, visual_inner=256, co_layers=1, co_hidden=128, co_heads=4, fused_layers=2, fused_heads=4,
-    region_dim=256, regions=11, projection=128, region_classes=64,
-)
-_TINY = replace(
-    _SMALL, vocabulary=300, hidden=32, text_layers=1, text_heads=2, text_inner=64, visual_hidden=32, visual_layers=1,
-    visual_heads=2, visual_inner=64, co_hidden=32, co_heads=2, fused_layers=1, fused_heads=2, region_dim=16, regions=6,
-    projection=32,
-)
-PRESETS: dict[str, CaptureConfig] = {
-    "tiny": _TINY,
-    "small": _SMALL,
-    "released": CaptureConfig(),
-    "paper": CaptureConfig(fused_layers=4),
-}
-
-# %% ../../nbs/07b_capture_model.ipynb #7e94654e
-def capture_config(preset: str, **changes: Any) -> CaptureConfig:
-    "A copy of the preset (tiny, small, released or paper) with some fields changed."
-    if preset not in PRESETS:
-        raise InputError(f"preset {preset!r}: unknown{did_you_mean(preset, PRESETS)}")
-    known = [f.name for f in fields(CaptureConfig)]
-    for key in changes:
-        if key not in known:
-            raise InputError(f"setting {key!r} of CAPTURE: unknown{did_you_mean(key, known)}")
-    return replace(PRESETS[preset], **changes)
-
-# %% ../../nbs/07b_capture_model.ipynb #baa187c8
-@dataclass
-class CaptureBatch:
-    "Items as tensors; row 0 of `regions` is the whole picture, with the box 0, 0, 1, 1, 1."
-
-    tokens: torch.Tensor  # [batch, tokens] numbers of words
-    token_mask: torch.Tensor  # [batch, tokens] bool, False = padding
-    regions: torch.Tensor  # [batch, regions, region_dim]
-    boxes: torch.Tensor  # [batch, regions, 5] x1, y1, x2, y2, area as shares of the picture
-    region_mask: torch.Tensor  # [batch, regions] bool, False = padding
-    rows: torch.Tensor  # [batch] rows in the catalogue
-    item_ids: list[str]
-
-    def inputs(self) -> dict[str, torch.Tensor]:
-        "What the model reads."
-        return {name: getattr(self, name) for name in ("tokens", "token_mask", "regions", "boxes", "region_mask")}
-
-    def trimmed(self) -> CaptureBatch:
-        "Without the columns in which every item has padding."
-        words, places = _longest(self.token_mask), _longest(self.region_mask)
-        cut = {"tokens": self.tokens[:, :words], "token_mask": self.token_mask[:, :words]}
-        cut |= {name: getattr(self, name)[:, :places] for name in ("regions", "boxes", "region_mask")}
-        return replace(self, **cut)
-
-# %% ../../nbs/07b_capture_model.ipynb #3a869e90
-def _longest(mask: torch.Tensor) -> int:
-    "Columns up to the last one that some item uses; at least one."
-    used = mask.any(0).nonzero()
-    return int(used[-1]) + 1 if len(used) else 1
+__all__ = ['PRESETS', 'attention_weights', 'attend', 'SelfAttention', 'FeedForward', 'StreamLayer', 'CaptureConfig',
+           'capture_config', 'TextStream', 'VisualStream', 'CoLayer', 'quick_gelu', 'FusedBlock', 'FusedStream',
+           'TokenHead', 'RegionHead', 'CaptureOutput', 'CaptureModel', 'CaptureBatch', 'by_length', 'check_batch',
+           'count_flops', 'official_names', 'official_settings', 'config_from_official', 'config_from_shapes',
+           'read_official', 'word_to_region']
 
 # %% ../../nbs/07b_capture_model.ipynb #6b4c160a
 def attention_weights(
@@ -211,6 +69,9 @@ class SelfAttention(nn.Module):
         queries, keys, values = self.qkv(x).chunk(3, -1)
         return self.out(attend(queries, keys, values, keep, self.heads, self.dropout if self.training else 0.0))
 
+# %% ../../nbs/07b_capture_model.ipynb #59d5e3ac
+_EPS = 1e-12  # LayerNorm's epsilon in BERT
+
 # %% ../../nbs/07b_capture_model.ipynb #e6779933
 class FeedForward(nn.Module):
     "Two matrices with a GELU between them, added to the input, then LayerNorm (post-norm, as in BERT)."
@@ -222,9 +83,6 @@ class FeedForward(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.norm(x + self.dropout(self.down(functional.gelu(self.up(x)))))
-
-# %% ../../nbs/07b_capture_model.ipynb #59d5e3ac
-_EPS = 1e-12  # LayerNorm's epsilon in BERT
 
 # %% ../../nbs/07b_capture_model.ipynb #5283ed78
 class StreamLayer(nn.Module):
@@ -238,6 +96,124 @@ class StreamLayer(nn.Module):
 
     def forward(self, x: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
         return self.feed(self.norm(x + self.dropout(self.attention(x, keep))))
+
+# %% ../../nbs/07b_capture_model.ipynb #8a58c7af
+class _Checked:
+    "A configuration that is checked when it is made."
+
+    def __post_init__(self) -> None:
+        _check_config(self)
+
+# %% ../../nbs/07b_capture_model.ipynb #a4022ae0
+@dataclass
+class CaptureConfig(_Checked):
+    "Everything that describes a `CaptureModel` except its weights; the defaults are the released set-up."
+
+    vocabulary: int = 21128  # entries of the word table
+    tokens: int = 36  # longest caption, [CLS] and [SEP] included
+    text_positions: int = 512  # rows of the text stream's position table
+    segments: int = 2  # rows of its segment table
+    hidden: int = 768  # width of the text stream and of the fused stream
+    text_layers: int = 4
+    text_heads: int = 12
+    text_inner: int = 3072  # width inside the feed-forward part
+    visual_hidden: int = 768  # width of the visual stream
+    visual_layers: int = 4
+    visual_heads: int = 8
+    visual_inner: int = 1024
+    co_layers: int = 4
+    co_hidden: int = 512  # width in which words and regions compare
+    co_heads: int = 8
+    fused_layers: int = 6
+    fused_heads: int = 8
+    fused_positions: int = 128  # rows of the fused stream's position table
+    region_dim: int = 2048  # numbers per region
+    regions: int = 37  # most rows per picture, the whole picture included
+    projection: int = 512  # length of the projections and of the outputs
+    region_target: str = "feature"  # what a masked region predicts: "feature" or "classes"
+    region_classes: int = 1601  # length of a class distribution
+    dropout: float = 0.1
+    streams: str = "both"  # "both", "no-co", "single", "dual", "late", "text" or "image"
+    weights: str = "random"  # where the weights came from
+    name: str = "capture"
+
+# %% ../../nbs/07b_capture_model.ipynb #35c5ed08
+_PARTS = {  # what each value of `streams` is made of
+    "both": ("text", "image", "co", "fused"),
+    "no-co": ("text", "image", "fused"),
+    "single": ("fused",),
+    "dual": ("text", "image"),
+    "late": ("text", "image", "whole"),
+    "text": ("text",),
+    "image": ("image",),
+}
+
+# %% ../../nbs/07b_capture_model.ipynb #5b129087
+def _has(config: CaptureConfig, part: str) -> bool:
+    "Whether the variant has a part: reading words or regions, own layers, co-attention, fusion."
+    parts = _PARTS[config.streams]
+    if part in ("words", "regions"):
+        return "fused" in parts or {"words": "text", "regions": "image"}[part] in parts
+    return part in parts
+
+# %% ../../nbs/07b_capture_model.ipynb #d38b2ad7
+def _check_config(config: CaptureConfig) -> None:
+    "Raise `InputError` for settings that cannot be built."
+    for name, known in (("streams", _PARTS), ("region_target", ("feature", "classes"))):
+        if getattr(config, name) not in known:
+            raise InputError(f"{name} = {getattr(config, name)!r}: unknown{did_you_mean(getattr(config, name), known)}")
+    for field in fields(config):
+        least = 0 if field.name.endswith("layers") else 1
+        if field.type == "int" and getattr(config, field.name) < least:
+            raise InputError(f"{field.name} = {getattr(config, field.name)}: expected at least {least}")
+    for width, heads in (("hidden", "text"), ("visual_hidden", "visual"), ("co_hidden", "co"), ("hidden", "fused")):
+        if getattr(config, width) % (count := getattr(config, f"{heads}_heads")):
+            raise InputError(f"{width} = {getattr(config, width)}: not divisible by {heads}_heads = {count}")
+    _check_lengths(config)
+
+# %% ../../nbs/07b_capture_model.ipynb #c9a42d45
+def _check_lengths(config: CaptureConfig) -> None:
+    "Position tables are long enough, and streams that meet have one width."
+    if config.tokens > config.text_positions:
+        raise InputError(f"tokens = {config.tokens}: expected at most text_positions = {config.text_positions}")
+    if not _has(config, "fused"):
+        return
+    if config.tokens + config.regions > config.fused_positions:
+        total = f"tokens + regions = {config.tokens} + {config.regions}"
+        raise InputError(f"{total}: expected at most fused_positions = {config.fused_positions}")
+    if config.visual_hidden != config.hidden:
+        raise InputError(f"visual_hidden = {config.visual_hidden}: the fused stream needs hidden = {config.hidden}")
+
+# %% ../../nbs/07b_capture_model.ipynb #c1db43b4
+_SMALL = CaptureConfig(
+    vocabulary=2000, tokens=36, text_positions=64, hidden=128, text_layers=2, text_heads=4, text_inner=512, visual_hidden=128,
+    visual_layers=2, visual_heads=4, visual_inner=256, co_layers=1, co_hidden=128, co_heads=4, fused_layers=2, fused_heads=4,
+    region_dim=256, regions=11, projection=128, region_classes=64,
+)
+
+# %% ../../nbs/07b_capture_model.ipynb #11b7bc67
+_TINY = replace(
+    _SMALL, vocabulary=300, hidden=32, text_layers=1, text_heads=2, text_inner=64, visual_hidden=32, visual_layers=1,
+    visual_heads=2, visual_inner=64, co_hidden=32, co_heads=2, fused_layers=1, fused_heads=2, region_dim=16, regions=6,
+    projection=32,
+)
+PRESETS: dict[str, CaptureConfig] = {
+    "tiny": _TINY,
+    "small": _SMALL,
+    "released": CaptureConfig(),
+    "paper": CaptureConfig(fused_layers=4),
+}
+
+# %% ../../nbs/07b_capture_model.ipynb #7e94654e
+def capture_config(preset: str, **changes: Any) -> CaptureConfig:
+    "A copy of the preset (tiny, small, released or paper) with some fields changed."
+    if preset not in PRESETS:
+        raise InputError(f"preset {preset!r}: unknown{did_you_mean(preset, PRESETS)}")
+    known = [f.name for f in fields(CaptureConfig)]
+    for key in changes:
+        if key not in known:
+            raise InputError(f"setting {key!r} of CAPTURE: unknown{did_you_mean(key, known)}")
+    return replace(PRESETS[preset], **changes)
 
 # %% ../../nbs/07b_capture_model.ipynb #5fecc900
 class TextStream(nn.Module):
@@ -329,7 +305,7 @@ class FusedBlock(nn.Module):
         x = x + self.attention(self.norm1(x), keep)
         return x + self.down(quick_gelu(self.up(self.norm2(x))))
 
-# %% ../../nbs/07b_capture_model.ipynb #58c717cb
+# %% ../../nbs/07b_capture_model.ipynb #2dfbf0d5
 class FusedStream(nn.Module):
     "Words and regions in one sequence. Regions start at position `tokens`, however short the captions are."
 
@@ -340,15 +316,14 @@ class FusedStream(nn.Module):
         self.blocks = nn.ModuleList([FusedBlock(config.hidden, config.fused_heads) for _ in range(config.fused_layers)])
 
     def forward(self, x: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
-        x = self.dropout(x)
         for block in self.blocks:
             x = block(x, keep)
         return x  # [batch, tokens + regions, hidden]
 
     def place(self, text: torch.Tensor, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         "Both sequences with their positions added."
-        places = self.positions.weight[self.start :]
-        return text + self.positions.weight[: text.shape[1]], image + places[: image.shape[1]]
+        words, places = self.positions.weight[: text.shape[1]], self.positions.weight[self.start :][: image.shape[1]]
+        return self.dropout(text + words), self.dropout(image + places)
 
 # %% ../../nbs/07b_capture_model.ipynb #d2b58d21
 class _Transform(nn.Module):
@@ -575,6 +550,90 @@ def _first(head: nn.Linear | None, x: torch.Tensor | None) -> torch.Tensor | Non
     "The first position through a matrix and a ReLU."
     return None if x is None else functional.relu(head(x[:, 0]))
 
+# %% ../../nbs/07b_capture_model.ipynb #5a89d9c1
+@dataclass
+class CaptureBatch:
+    "Items as tensors; row 0 of `regions` is the whole picture, with the box 0, 0, 1, 1, 1."
+
+    tokens: torch.Tensor  # [batch, tokens] numbers of words
+    token_mask: torch.Tensor  # [batch, tokens] bool, False = padding
+    regions: torch.Tensor  # [batch, regions, region_dim]
+    boxes: torch.Tensor  # [batch, regions, 5] x1, y1, x2, y2, area as shares of the picture
+    region_mask: torch.Tensor  # [batch, regions] bool, False = padding
+    rows: torch.Tensor  # [batch] int64, rows in the catalogue
+    item_ids: list[str]
+
+    def inputs(self) -> dict[str, torch.Tensor]:
+        "What the model reads."
+        return {name: getattr(self, name) for name in ("tokens", "token_mask", "regions", "boxes", "region_mask")}
+
+    def trimmed(self) -> CaptureBatch:
+        "Without the columns in which every item has padding."
+        words, places = _longest(self.token_mask), _longest(self.region_mask)
+        ends = {"tokens": words, "token_mask": words, "regions": places, "boxes": places, "region_mask": places}
+        return replace(self, **{name: getattr(self, name)[:, :end] for name, end in ends.items() if end})
+
+# %% ../../nbs/07b_capture_model.ipynb #b57f4198
+def _longest(mask: torch.Tensor | None) -> int:
+    "Columns up to the last one that some item uses, at least one; 0 when there is no such stream."
+    if mask is None:
+        return 0
+    used = mask.any(0).nonzero()
+    return int(used[-1]) + 1 if len(used) else 1
+
+# %% ../../nbs/07b_capture_model.ipynb #2db255e5
+def by_length(
+    lengths: Sequence[int] | np.ndarray,  # [items] tokens (and regions) of each item
+    batch_size: int,
+    seed: int = 0,
+    window: int = 50,  # batches that are sorted together; larger = less padding, less chance
+) -> np.ndarray:  # [items] an order of rows whose consecutive batches hold items of similar length
+    "A random order for training in which a batch hardly pays for padding."
+    random, lengths = np.random.default_rng(seed), np.asarray(lengths)
+    order = random.permutation(len(lengths))
+    parts = [order[at : at + window * batch_size] for at in range(0, len(order), window * batch_size)]
+    order = np.concatenate([part[np.argsort(lengths[part], kind="stable")] for part in parts] or [order])
+    full = len(order) // batch_size * batch_size
+    batches = order[:full].reshape(-1, batch_size)
+    return np.concatenate([batches[random.permutation(len(batches))].reshape(-1), order[full:]])
+
+# %% ../../nbs/07b_capture_model.ipynb #bd04be3a
+def check_batch(batch: CaptureBatch, config: CaptureConfig) -> CaptureBatch:
+    "The batch itself, or an `InputError` that names the item with numbers that are not finite or words that do not exist."
+    used = batch.region_mask[:, :, None]
+    broken = ~torch.cat([batch.regions, batch.boxes], 2).masked_fill(~used, 0).isfinite().all(2)
+    if broken.any():
+        item, row = broken.nonzero()[0].tolist()
+        raise InputError(f"{batch.item_ids[item]}: region {row} holds NaN or infinity; extract the regions of this picture again")
+    strange = (batch.tokens < 0) | (batch.tokens >= config.vocabulary)
+    if strange.any():
+        item, place = strange.nonzero()[0].tolist()
+        found = f"token {int(batch.tokens[item, place])} at place {place}"
+        raise InputError(f"{batch.item_ids[item]}: {found}, expected 0 to {config.vocabulary - 1}; use this model's tokenizer")
+    return batch
+
+# %% ../../nbs/07b_capture_model.ipynb #e4ec177c
+def count_flops(
+    config: CaptureConfig,
+    tokens: int | None = None,  # tokens of the caption; None = config.tokens
+    regions: int | None = None,  # rows of the picture; None = config.regions
+    asked: int | None = None,  # places where the vocabulary head is asked; None = 15 % of the tokens
+) -> int:  # multiplications and additions of one sample's forward pass; a training step needs three times as many
+    "Work of the matrix products, by the shapes."
+    from torch.utils.flop_counter import FlopCounterMode
+
+    tokens, regions = tokens or config.tokens, regions or config.regions
+    asked = round(0.15 * tokens) if asked is None else asked
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:  # shapes without numbers
+        model = CaptureModel(config).eval()
+        words, places = torch.zeros(1, tokens, dtype=torch.long), torch.zeros(1, regions, config.region_dim)
+        out = model(words, None, places, places[:, :, :1].expand(1, regions, 5))
+        if out.fused_text is not None:
+            model.token_logits(out.fused_text[:, :asked])
+        if out.fused_image is not None:
+            model.region_predictions(out.fused_image)
+    return counter.get_total_flops()
+
 # %% ../../nbs/07b_capture_model.ipynb #3f562f8d
 def _both(theirs: str, ours: str, part: int = 0, parts: int = 1) -> list[tuple[str, str, int, int]]:
     "Weight and bias of one matrix or LayerNorm: the release's name, ours, and which part of ours it is."
@@ -604,6 +663,84 @@ def _block_names(theirs: str, ours: str) -> list[tuple[str, str, int, int]]:
     packed = [(f"{theirs}.attn.in_proj_{kind}", f"{ours}.attention.qkv.{kind}", 0, 1) for kind in ("weight", "bias")]
     return packed + _pairs(theirs, ours, _BLOCK)
 
+# %% ../../nbs/07b_capture_model.ipynb #a30c7238
+def _bert_names(config: CaptureConfig) -> list[tuple[str, str, int, int]]:
+    "The text stream under the names of any BERT, without the prefix `bert.`."
+    tables = {"word": "words", "position": "positions", "token_type": "segments"}
+    rows = [(f"embeddings.{a}_embeddings.weight", f"text.{b}.weight", 0, 1) for a, b in tables.items()]
+    rows += _both("embeddings.LayerNorm", "text.norm")
+    for i in range(config.text_layers if _has(config, "text") else 0):
+        rows += _layer_names(f"encoder.layer.{i}", f"text.layers.{i}")
+    return rows
+
+# %% ../../nbs/07b_capture_model.ipynb #ca2c9809
+_ADVICE = "pass the settings it was trained with"
+_WORDS, _DECODER = "bert.embeddings.word_embeddings.weight", "cls.predictions.decoder.weight"
+_SPARE = r"bert\.encoder\.c_layer\.\d+\.biOutput\.q_dense|bert\.cross_encoder\.pooler|cls\.bi_seq_relationship|.*position_ids$"
+
+# %% ../../nbs/07b_capture_model.ipynb #47d96c96
+def _start_from_bert(model: CaptureModel, name: str | Path) -> CaptureModel:
+    "Copy a BERT's tables and first layers into the text stream."
+    if model.text is None:
+        raise InputError(f"streams = {model.config.streams!r} reads no captions; there is nothing to fill with {name}")
+    own, tensors = model.state_dict(), _bert_tensors(name, model.config)
+    rows = _bert_names(model.config)
+    _check_official(own, rows, tensors, set(tensors), str(name))
+    for theirs, ours, part, parts in rows:
+        own[ours].chunk(parts)[part].copy_(tensors[theirs])
+    model.config = replace(model.config, weights=f"text stream: {Path(name).name}")
+    return model
+
+# %% ../../nbs/07b_capture_model.ipynb #84a4504f
+def _bert_tensors(name: str | Path, config: CaptureConfig) -> dict[str, torch.Tensor]:
+    "The parameters of a BERT, read by transformers; one that computes otherwise than our layers is an error."
+    from transformers import BertModel, logging
+
+    folder = Path(name) if Path(name).is_dir() else _bert_folder(str(name))
+    settings, noise = read_json(folder / "config.json", dict), logging.get_verbosity()
+    wanted = {"model_type": "bert", "num_attention_heads": config.text_heads, "hidden_act": "gelu"}
+    for key, value in wanted.items():
+        if settings.get(key, value) != value:
+            raise InputError(f"{name}: {key} is {settings[key]!r}, the text stream expects {value!r}; choose another BERT")
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        bert, report = BertModel.from_pretrained(folder, add_pooling_layer=False, output_loading_info=True)
+    except Exception as error:
+        raise InputError(f"{name}: transformers cannot read it ({str(error).splitlines()[0][:120]}); copy it again") from None
+    finally:
+        logging.set_verbosity(noise)
+        logging.enable_progress_bar()
+    missing = {*report["missing_keys"]}
+    return {key: tensor.float() for key, tensor in bert.state_dict().items() if key not in missing}
+
+# %% ../../nbs/07b_capture_model.ipynb #1beded36
+def _bert_folder(name: str) -> Path:
+    "The folder with config and weights of a BERT of the Hugging Face Hub."
+    from product_retrieval.encoders import _hub_file
+
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise InputError(f"{name}: no such folder; expected a saved BERT, or a name such as bert-base-chinese")
+    advice = f"pass the folder that holds it instead of {name!r}"
+    _hub_file(name, "config.json", advice)
+    return _hub_file(name, "model.safetensors", advice).parent
+
+# %% ../../nbs/07b_capture_model.ipynb #99afcf56
+def _check_official(own: dict, rows: list, tensors: dict, known: set, source: str) -> None:
+    "Say what keeps the file from filling the model."
+    if missing := [theirs for theirs, *_ in rows if theirs not in tensors]:
+        found = f"{len(missing)} of {len(rows)} parameters are missing ({', '.join(missing[:3])})"
+        raise InputError(f"{source}: {found}; the file is cut short (copy it again) or of another configuration ({_ADVICE})")
+    for theirs, ours, _, parts in rows:
+        wanted = [own[ours].shape[0] // parts, *own[ours].shape[1:]]
+        if (found := list(tensors[theirs].shape)) != wanted:
+            raise InputError(f"{source}: {theirs} has shape {found}, the configuration expects {wanted}; {_ADVICE}")
+    extra = [key for key in tensors if key not in known and not re.match(_SPARE, key)]
+    if extra:
+        raise InputError(f"{source}: {len(extra)} parameters beyond the configuration ({', '.join(extra[:3])}); {_ADVICE}")
+    if _DECODER in tensors and _WORDS in tensors and not torch.equal(tensors[_DECODER], tensors[_WORDS]):
+        raise InputError(f"{source}: {_DECODER} differs from the word table, to which the release ties it; the file is damaged")
+
 # %% ../../nbs/07b_capture_model.ipynb #aff0b624
 def _co_names(theirs: str, ours: str) -> list[tuple[str, str, int, int]]:
     "A co-attention layer; the release calls the picture 1 and the caption 2."
@@ -614,16 +751,6 @@ def _co_names(theirs: str, ours: str) -> list[tuple[str, str, int, int]]:
         parts = {f"biOutput.dense{number}": f"{name}_out", f"biOutput.LayerNorm{number}": f"{name}_norm"}
         parts |= {f"{letter}_{a}": f"{name}_{b}" for a, b in _FEED.items()}
         rows += _pairs(theirs, ours, parts)
-    return rows
-
-# %% ../../nbs/07b_capture_model.ipynb #a30c7238
-def _bert_names(config: CaptureConfig) -> list[tuple[str, str, int, int]]:
-    "The text stream under the names of any BERT, without the prefix `bert.`."
-    tables = {"word": "words", "position": "positions", "token_type": "segments"}
-    rows = [(f"embeddings.{a}_embeddings.weight", f"text.{b}.weight", 0, 1) for a, b in tables.items()]
-    rows += _both("embeddings.LayerNorm", "text.norm")
-    for i in range(config.text_layers if _has(config, "text") else 0):
-        rows += _layer_names(f"encoder.layer.{i}", f"text.layers.{i}")
     return rows
 
 # %% ../../nbs/07b_capture_model.ipynb #9a41c744
@@ -658,11 +785,6 @@ def official_names(config: CaptureConfig) -> list[tuple[str, str, int, int]]:
             rows += _block_names(f"{fused}.transformer.resblocks.{i}", f"fused.blocks.{i}")
     return rows
 
-# %% ../../nbs/07b_capture_model.ipynb #ca2c9809
-_ADVICE = "pass the settings it was trained with"
-_WORDS, _DECODER = "bert.embeddings.word_embeddings.weight", "cls.predictions.decoder.weight"
-_SPARE = r"bert\.encoder\.c_layer\.\d+\.biOutput\.q_dense|bert\.cross_encoder\.pooler|cls\.bi_seq_relationship|.*position_ids$"
-
 # %% ../../nbs/07b_capture_model.ipynb #c5835e18
 def _spare_shapes(config: CaptureConfig) -> dict[str, tuple[int, ...]]:
     "Parameters that the release owns and never uses."
@@ -677,11 +799,8 @@ def _spare_shapes(config: CaptureConfig) -> dict[str, tuple[int, ...]]:
         shapes |= {f"{pooler}.ln_pool.weight": (width,), f"{pooler}.ln_pool.bias": (width,)}
     return shapes
 
-# %% ../../nbs/07b_capture_model.ipynb #9350ee31
-def _to_official(
-    model: CaptureModel,
-    folder: str | Path | None = None,  # also write `official_state_dict.safetensors` and `reference.json` there
-) -> dict[str, torch.Tensor]:  # parameters under the release's names
+# %% ../../nbs/07b_capture_model.ipynb #768df367
+def _to_official(model: CaptureModel, folder: str | Path | None) -> dict[str, torch.Tensor]:
     "The release's parameters; those that it never uses are as they were read, or zeros."
     own, tensors = model.tensors(), {}
     for theirs, ours, part, parts in official_names(model.config):
@@ -744,9 +863,9 @@ def _with_lengths(found: dict) -> dict:
     found.setdefault("regions", min(usual.regions, table - found["tokens"]))
     return found
 
-# %% ../../nbs/07b_capture_model.ipynb #e8ac0c79
+# %% ../../nbs/07b_capture_model.ipynb #2adcb3f9
 _SHAPES = {  # field of ours -> a parameter of the release, and the axis whose length it is
-    "vocabulary": (_WORDS, 0), "hidden": (_WORDS, 1),
+    "vocabulary": (_WORDS, 0), "hidden": (_WORDS, 1), "projection": ("bert.t_fc.dense.weight", 0),
     "text_positions": ("bert.embeddings.position_embeddings.weight", 0),
     "segments": ("bert.embeddings.token_type_embeddings.weight", 0),
     "text_inner": ("bert.encoder.layer.0.intermediate.dense.weight", 0),
@@ -755,7 +874,6 @@ _SHAPES = {  # field of ours -> a parameter of the release, and the axis whose l
     "visual_inner": ("bert.encoder.v_layer.0.intermediate.dense.weight", 0),
     "co_hidden": ("bert.encoder.c_layer.0.biattention.query1.weight", 0),
     "fused_positions": ("bert.cross_encoder.embeddings.position_embeddings.weight", 0),
-    "projection": ("bert.t_fc.dense.weight", 0),
 }
 _DEPTHS = {
     "text": "encoder.layer", "visual": "encoder.v_layer", "co": "encoder.c_layer", "fused": "cross_encoder.transformer.resblocks",
@@ -794,31 +912,32 @@ def _weights_file(folder: Path) -> Path:
         raise InputError(f"{folder}: holds no official_state_dict.safetensors or pytorch_model_*.bin; name the file")
     return found[-1]
 
-# %% ../../nbs/07b_capture_model.ipynb #e92ded88
+# %% ../../nbs/07b_capture_model.ipynb #a1e1bf75
 def _read_tensors(file: Path) -> dict[str, torch.Tensor]:
     "A state dict from safetensors, or from a torch file of which nothing but tensors is read."
-    if file.suffix == ".safetensors" or not file.is_file():
-        tensors = read_weights(file)
-    else:
-        try:
-            tensors = torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:
-            reason = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
-            raise InputError(f"{file}: not a readable torch file of tensors ({reason}); copy it again") from None
-        for wrapper in ("model_state_dict", "state_dict", "model"):
-            tensors = tensors.get(wrapper, tensors) if isinstance(tensors, dict) else {}
+    if not file.is_file():
+        raise InputError(f"{file}: no such file or folder; check the path")
+    tensors = read_weights(file) if file.suffix == ".safetensors" else _unpack(file)
     found = {str(key).removeprefix("module."): t for key, t in tensors.items() if torch.is_tensor(t)}
     if not any(key.startswith(("bert.", "cls.")) for key in found):
         raise InputError(f"{file}: none of {len(found)} tensors is named as in the release (bert.*, cls.*); name another file")
     return {key: t.float() if t.is_floating_point() else t for key, t in found.items()}
 
-# %% ../../nbs/07b_capture_model.ipynb #42b22e87
-def _from_official(
-    source: str | Path,  # a folder with official_state_dict.safetensors or pytorch_model_*.bin, or such a file
-    config: CaptureConfig | None,  # None = the settings beside the file, else the shapes in it
-    changes: dict,  # fields of the configuration, for instance tokens=36 or text_heads=12
-) -> CaptureModel:
-    "A model with the parameters of the released code."
+# %% ../../nbs/07b_capture_model.ipynb #ac03cfdb
+def _unpack(file: Path) -> dict:
+    "The state dict in a torch file, of which nothing but tensors is read."
+    try:
+        tensors = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
+        raise InputError(f"{file}: not a readable torch file of tensors ({reason}); copy it again") from None
+    for wrapper in ("model_state_dict", "state_dict", "model"):
+        tensors = tensors.get(wrapper, tensors) if isinstance(tensors, dict) else {}
+    return tensors
+
+# %% ../../nbs/07b_capture_model.ipynb #f348595e
+def _from_official(source: str | Path, config: CaptureConfig | None, changes: dict) -> CaptureModel:
+    "Settings are the caller's, else those beside the file, else read off the shapes; `changes` are fields of ours."
     tensors, settings = read_official(source)
     if config is not None:
         config = replace(config, **changes)
@@ -841,73 +960,6 @@ def _fill_official(model: CaptureModel, tensors: dict[str, torch.Tensor], source
         own[ours].chunk(parts)[part].copy_(tensors[theirs])
     model.spare = {key: tensor for key, tensor in tensors.items() if key not in known}
 
-# %% ../../nbs/07b_capture_model.ipynb #3062e424
-def _check_official(own: dict, rows: list, tensors: dict, known: set, source: str) -> None:
-    "Say what keeps the file from filling the model."
-    missing = [theirs for theirs, *_ in rows if theirs not in tensors]
-    if missing:
-        found = f"{len(missing)} of {len(rows)} parameters are missing ({', '.join(missing[:3])})"
-        raise InputError(f"{source}: {found}; the file is cut short (copy it again) or of another configuration ({_ADVICE})")
-    for theirs, ours, _, parts in rows:
-        found, wanted = list(tensors[theirs].shape), [own[ours].shape[0] // parts, *own[ours].shape[1:]]
-        if found != wanted:
-            raise InputError(f"{source}: {theirs} has shape {found}, the configuration expects {wanted}; {_ADVICE}")
-    extra = [key for key in tensors if key not in known and not re.match(_SPARE, key)]
-    if extra:
-        raise InputError(f"{source}: {len(extra)} parameters beyond the configuration ({', '.join(extra[:3])}); {_ADVICE}")
-    if _DECODER in tensors and _WORDS in tensors and not torch.equal(tensors[_DECODER], tensors[_WORDS]):
-        raise InputError(f"{source}: {_DECODER} differs from the word table, to which the release ties it; the file is damaged")
-
-# %% ../../nbs/07b_capture_model.ipynb #ccbd88cc
-def _start_from_bert(
-    model: CaptureModel,
-    name: str | Path,  # a folder with a saved BERT, or a name on the Hugging Face Hub such as "bert-base-chinese"
-) -> CaptureModel:  # the same model
-    "Fill the text stream with a BERT's tables and first layers, as the paper does."
-    if model.text is None:
-        raise InputError(f"streams = {model.config.streams!r} reads no captions; there is nothing to fill with {name}")
-    own, tensors = model.state_dict(), _bert_tensors(name, model.config)
-    rows = _bert_names(model.config)
-    _check_official(own, rows, tensors, set(tensors), str(name))
-    for theirs, ours, part, parts in rows:
-        own[ours].chunk(parts)[part].copy_(tensors[theirs])
-    model.config.weights = f"text stream: {Path(name).name}"
-    return model
-
-# %% ../../nbs/07b_capture_model.ipynb #84a4504f
-def _bert_tensors(name: str | Path, config: CaptureConfig) -> dict[str, torch.Tensor]:
-    "The parameters of a BERT, read by transformers; one that computes otherwise than our layers is an error."
-    from transformers import BertModel, logging
-
-    folder = Path(name) if Path(name).is_dir() else _bert_folder(str(name))
-    settings, noise = read_json(folder / "config.json", dict), logging.get_verbosity()
-    wanted = {"model_type": "bert", "num_attention_heads": config.text_heads, "hidden_act": "gelu"}
-    for key, value in wanted.items():
-        if settings.get(key, value) != value:
-            raise InputError(f"{name}: {key} is {settings[key]!r}, the text stream expects {value!r}; choose another BERT")
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        bert, report = BertModel.from_pretrained(folder, add_pooling_layer=False, output_loading_info=True)
-    except Exception as error:
-        raise InputError(f"{name}: transformers cannot read it ({str(error).splitlines()[0][:120]}); copy it again") from None
-    finally:
-        logging.set_verbosity(noise)
-        logging.enable_progress_bar()
-    missing = {*report["missing_keys"]}
-    return {key: tensor.float() for key, tensor in bert.state_dict().items() if key not in missing}
-
-# %% ../../nbs/07b_capture_model.ipynb #1beded36
-def _bert_folder(name: str) -> Path:
-    "The folder with config and weights of a BERT of the Hugging Face Hub."
-    from product_retrieval.encoders import _hub_file
-
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise InputError(f"{name}: no such folder; expected a saved BERT, or a name such as bert-base-chinese")
-    advice = f"pass the folder that holds it instead of {name!r}"
-    _hub_file(name, "config.json", advice)
-    return _hub_file(name, "model.safetensors", advice).parent
-
 # %% ../../nbs/07b_capture_model.ipynb #6f66e952
 def word_to_region(
     model: CaptureModel,
@@ -927,56 +979,3 @@ def word_to_region(
         for hook in hooks:
             hook.remove()
     return torch.stack(maps)
-
-# %% ../../nbs/07b_capture_model.ipynb #bd04be3a
-def check_batch(batch: CaptureBatch, config: CaptureConfig) -> CaptureBatch:
-    "The batch itself, or an `InputError` that names the item with numbers that are not finite or words that do not exist."
-    used = batch.region_mask[:, :, None]
-    broken = ~torch.cat([batch.regions, batch.boxes], 2).masked_fill(~used, 0).isfinite().all(2)
-    if broken.any():
-        item, row = broken.nonzero()[0].tolist()
-        raise InputError(f"{batch.item_ids[item]}: region {row} holds NaN or infinity; extract the regions of this picture again")
-    strange = (batch.tokens < 0) | (batch.tokens >= config.vocabulary)
-    if strange.any():
-        item, place = strange.nonzero()[0].tolist()
-        found = f"token {int(batch.tokens[item, place])} at place {place}"
-        raise InputError(f"{batch.item_ids[item]}: {found}, expected 0 to {config.vocabulary - 1}; use this model's tokenizer")
-    return batch
-
-# %% ../../nbs/07b_capture_model.ipynb #2db255e5
-def by_length(
-    lengths: Sequence[int] | np.ndarray,  # [items] tokens (and regions) of each item
-    batch_size: int,
-    seed: int = 0,
-    window: int = 50,  # batches that are sorted together; larger = less padding, less chance
-) -> np.ndarray:  # [items] an order of rows whose consecutive batches hold items of similar length
-    "A random order for training in which a batch hardly pays for padding."
-    random, lengths = np.random.default_rng(seed), np.asarray(lengths)
-    order = random.permutation(len(lengths))
-    parts = [order[at : at + window * batch_size] for at in range(0, len(order), window * batch_size)]
-    order = np.concatenate([part[np.argsort(lengths[part], kind="stable")] for part in parts] or [order])
-    full = len(order) // batch_size * batch_size
-    batches = order[:full].reshape(-1, batch_size)
-    return np.concatenate([batches[random.permutation(len(batches))].reshape(-1), order[full:]])
-
-# %% ../../nbs/07b_capture_model.ipynb #e4ec177c
-def count_flops(
-    config: CaptureConfig,
-    tokens: int | None = None,  # tokens of the caption; None = config.tokens
-    regions: int | None = None,  # rows of the picture; None = config.regions
-    asked: int | None = None,  # places where the vocabulary head is asked; None = 15 % of the tokens
-) -> int:  # multiplications and additions of one sample's forward pass; a training step needs three times as many
-    "Work of the matrix products, by the shapes."
-    from torch.utils.flop_counter import FlopCounterMode
-
-    tokens, regions = tokens or config.tokens, regions or config.regions
-    asked = round(0.15 * tokens) if asked is None else asked
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:  # shapes without numbers
-        model = CaptureModel(config).eval()
-        words, places = torch.zeros(1, tokens, dtype=torch.long), torch.zeros(1, regions, config.region_dim)
-        out = model(words, None, places, places[:, :, :1].expand(1, regions, 5))
-        if out.fused_text is not None:
-            model.token_logits(out.fused_text[:, :asked])
-        if out.fused_image is not None:
-            model.region_predictions(out.fused_image)
-    return counter.get_total_flops()
