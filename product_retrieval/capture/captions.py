@@ -231,7 +231,7 @@ def _load(source: str | Path) -> tuple[Any, str]:
     except Exception as error:
         raise InputError(f"{file}: not a tokenizer of the tokenizers library ({str(error)[:80]}); save it again") from None
 
-# %% ../../nbs/07a_captions.ipynb #9eff58d2
+# %% ../../nbs/07a_captions.ipynb #312e9c64
 def _from_list(pieces: list[str], lowercase: bool) -> Any:
     "A BERT's own tokenizer: its vocabulary, its rules."
     from tokenizers import Tokenizer, models
@@ -251,6 +251,18 @@ def _file(source: str | Path) -> Path:
             return path / name
     if path.is_dir() or path.is_absolute() or str(source).count("/") > 1 or str(source).startswith("."):
         raise InputError(f"{source}: holds no tokenizer.json or vocab.txt; name the folder of a tokenizer, or a BERT of the Hub")
-    from product_retrieval.encoders import _hub_file
+    return _hub_tokenizer(str(source))
 
-    return _hub_file(str(source), "tokenizer.json", "pass the folder that holds it")
+
+def _hub_tokenizer(name: str) -> Path:
+    "tokenizer.json of a model of the Hugging Face Hub, from its cache or downloaded (less than 1 MB)."
+    import huggingface_hub as hub
+
+    if isinstance(cached := hub.try_to_load_from_cache(name, "tokenizer.json"), str):
+        return Path(cached)
+    try:
+        print(f"downloading {name}/tokenizer.json")
+        return Path(hub.hf_hub_download(name, "tokenizer.json"))
+    except Exception as error:
+        raise InputError(f"{name}: no such folder, and tokenizer.json is neither in the Hub's cache nor to be downloaded "
+                         f"({type(error).__name__}); pass a folder that holds it") from None
