@@ -1,0 +1,150 @@
+"""Memory of gradient caching at a batch of 4,096 against a micro-batch of 64; speed of the losses against two libraries.
+
+Prints one JSON line a figure. Ours and the peer run alternately in one process, forward and backward; medians. Memory is
+the peak that Linux saw, in a process of its own, beyond what was held before. `--quick` runs tiny.
+"""
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch.nn import functional
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+QUICK = "--quick" in sys.argv
+ROUNDS = 1 if QUICK else 5
+HARDWARE = f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, {torch.get_num_threads()} threads"
+
+
+def alternate(*jobs: Callable, rounds: int = ROUNDS) -> list[float]:
+    "Median seconds of each job; the jobs take turns, after one round that warms up."
+    times = [[] for _ in jobs]
+    for turn in range(rounds + 1):
+        for job, spent in zip(jobs, times, strict=True):
+            start = time.perf_counter()
+            job()
+            if turn:
+                spent.append(time.perf_counter() - start)
+    return [statistics.median(spent) for spent in times]
+
+
+def line(figure: str, ours: float, peer: float | None, bar: str, met: bool, **more) -> None:
+    ratio = round(peer / ours, 3) if peer else None
+    peer = round(peer, 4) if peer else None
+    more = {"ours": round(ours, 4), "peer": peer, "ratio": ratio, "bar": bar, "met": bool(met), **more}
+    print(json.dumps({"figure": figure, **more, "hardware": HARDWARE}), flush=True)
+
+
+def capture_batch(config, count: int):
+    "Random items of the model's full size."
+    from product_retrieval.capture.model import CaptureBatch
+
+    torch.manual_seed(0)
+    tokens, regions = torch.randint(5, config.vocabulary, (count, config.tokens)), (count, config.regions)
+    features, boxes = torch.randn(*regions, config.region_dim), torch.rand(*regions, 5)
+    masks = torch.ones_like(tokens).bool(), torch.ones(regions).bool()
+    names = [f"item{i}" for i in range(count)]
+    return CaptureBatch(tokens, masks[0], features, boxes, masks[1], torch.arange(count), names)
+
+
+def kilobytes(name: str) -> int:
+    "VmRSS (now) or VmHWM (peak) of this process, as Linux tells it."
+    rows = Path("/proc/self/status").read_text().splitlines()
+    return next(int(row.split()[1]) for row in rows if row.startswith(name))
+
+
+def pretrain_once(kind: str, count: int, chunk: int) -> None:
+    "One forward and backward pass of CAPTURE's three losses; prints the peak beyond the start in kilobytes."
+    from product_retrieval.capture.model import CaptureModel, capture_config
+    from product_retrieval.capture.objectives import CaptureObjective, ObjectiveConfig, TokenTable
+
+    config = capture_config("tiny" if QUICK else "small")
+    torch.manual_seed(0)
+    model = CaptureModel(config)
+    objective = CaptureObjective(TokenTable(config.vocabulary, 4, (0, 1, 2, 3)), ObjectiveConfig(kind=kind, chunk=chunk))
+    objective(model, capture_batch(config, 2))["loss"].backward()
+    batch = capture_batch(config, count)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = kilobytes("VmRSS")
+    objective(model, batch)["loss"].backward()
+    print(kilobytes("VmHWM") - before)
+
+
+def loss_once(kind: str, count: int, dim: int) -> None:
+    "The loss alone, forward and backward; prints the peak beyond the start in kilobytes."
+    from product_retrieval.losses import Contrastive
+
+    match = Contrastive(kind)
+    a, b = (torch.randn(count, dim, requires_grad=True) for _ in range(2))
+    match(a[:4], b[:4]).backward()
+    Path("/proc/self/clear_refs").write_text("5")
+    before = kilobytes("VmRSS")
+    match(a, b).backward()
+    print(kilobytes("VmHWM") - before)
+
+
+def in_own_process(*arguments) -> float:
+    "Megabytes that a function of this file prints; freed memory goes back to the system at once."
+    environment = {**os.environ, "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    command = [sys.executable, __file__, *map(str, arguments), *(["--quick"] if QUICK else [])]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    return int(done.stdout) / 1024
+
+
+def bench_memory() -> None:
+    "Pretraining with `chunk` against a plain micro-batch of that size, and the losses alone."
+    if not Path("/proc/self/clear_refs").exists():
+        return print(json.dumps({"figure": "memory", "skipped": "needs Linux"}))
+    large, small = (256, 16) if QUICK else (4096, 64)
+    name = "tiny" if QUICK else "small"
+    peer = in_own_process("pretrain", "nt-xent", small, 0)
+    for kind in ("nt-xent", "info-nce", "sigmoid"):
+        ours = in_own_process("pretrain", kind, large, small)
+        what = f"peak MB of a step of CAPTURE {name}, {kind}, batch {large} by gradient caching; peer: plain batch of {small}"
+        line(what, ours, peer, "<= 1.2x the peer", ours <= 1.2 * peer)
+    for kind in ("nt-xent", "info-nce", "sigmoid"):
+        ours, one = in_own_process("loss", kind, large, 512), (2 * large if kind == "nt-xent" else large) ** 2 * 4 / 2**20
+        what = f"peak MB of {kind} alone, {large} x 512, forward and backward; peer: one table of logits in float32"
+        line(what, ours, one, "below the peer", QUICK or ours < one)
+
+
+def bench_speed() -> None:
+    "Loss and gradient of two matrices of vectors."
+    from open_clip.loss import ClipLoss, SigLipLoss
+    from pytorch_metric_learning.losses import NTXentLoss, SupConLoss
+
+    from product_retrieval.losses import info_nce, nt_xent, sigmoid_loss
+
+    unit, twice = functional.normalize, lambda a: torch.arange(len(a)).repeat(2)
+    clip = lambda a, b: ClipLoss()(unit(a), unit(b), 1 / 0.07)
+    siglip = lambda a, b: SigLipLoss()(unit(a), unit(b), 10.0, -10.0)
+    pairs = lambda a, b: NTXentLoss(0.07)(torch.cat([a, b]), twice(a))
+    supcon = lambda a, b: SupConLoss(0.07)(torch.cat([a, b]), twice(a))  # the same number when no product comes twice
+    peers = [("info-nce", "open_clip's ClipLoss", info_nce, clip, (256, 4096))]
+    peers += [("sigmoid", "open_clip's SigLipLoss", sigmoid_loss, siglip, (256, 4096))]
+    peers += [("nt-xent", "pytorch-metric-learning's NTXentLoss", nt_xent, pairs, (256,))]  # 34 GB at 1,024
+    peers += [("nt-xent", "pytorch-metric-learning's SupConLoss", nt_xent, supcon, (256, 2048))]
+    for kind, name, ours, peer, counts in peers:
+        for count in (64,) if QUICK else counts:
+            a, b = (torch.randn(count, 512, requires_grad=True) for _ in range(2))
+            jobs = [lambda f=f, a=a, b=b: torch.autograd.grad(f(a, b), (a, b)) for f in (ours, peer)]
+            for mine, theirs in zip(*(job() for job in jobs), strict=True):
+                torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-6)
+            seconds = alternate(*jobs)
+            what = f"{kind}, {count} x 512, loss and gradient; peer: {name}, seconds"
+            line(what, *seconds, "not slower than the peer", seconds[0] <= 1.05 * seconds[1])
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 2 and sys.argv[1] in ("pretrain", "loss"):
+        (pretrain_once if sys.argv[1] == "pretrain" else loss_once)(sys.argv[2], *map(int, sys.argv[3:5]))
+    else:
+        bench_memory()
+        bench_speed()
