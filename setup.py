@@ -33,7 +33,7 @@ setup(
     python_requires=f">={cfg['min_python']}",
     install_requires=words("requirements"),
     extras_require={"dev": words("dev_requirements")},
-    entry_points={"console_scripts": words("console_scripts")},
+    entry_points={"console_scripts": words("console_scripts"), "product_retrieval.encoders": words("encoder_kinds")},
     classifiers=[
         "Development Status :: 3 - Alpha",
         "Intended Audience :: Developers",

@@ -21,9 +21,9 @@ from .protocols import ranking_from_rows, write_run
 from .report import Example, Report, Row, Score, Tile, write_report
 
 # %% auto #0
-__all__ = ['METRICS', 'SYSTEMS', 'OUTPUTS', 'retrieve', 'chance', 'Result', 'Job', 'load_data', 'image_recipe', 'systems_for',
-           'run_system', 'pick_examples', 'make_report', 'metrics_json', 'run_demo', 'training_curves',
-           'search_pictures']
+__all__ = ['METRICS', 'CAPTURE_SYSTEMS', 'SYSTEMS', 'OUTPUTS', 'retrieve', 'chance', 'Result', 'Job', 'load_data', 'image_recipe',
+           'systems_for', 'run_system', 'pick_examples', 'make_report', 'metrics_json', 'proposal_sheet', 'run_demo',
+           'training_curves', 'search_pictures']
 
 # %% ../nbs/00a_tour.ipynb #68bb82d4
 def retrieve(
@@ -162,15 +162,60 @@ def image_recipe(
     changes = {"backbone": backbone, "weights": weights}
     return replace(recipe, **{key: value for key, value in changes.items() if value})
 
-# %% ../nbs/00a_tour.ipynb #e35f8f51
+# %% ../nbs/00a_tour.ipynb #2c2162e2
+def _capture_parts(job: Job, catalog: Catalog, folder: Path) -> tuple[Any, Any]:
+    "The recipe and the regions that all CAPTURE rows share; computed by the first one that asks."
+    from product_retrieval.capture.detector import train_detector
+    from product_retrieval.capture.pretrain import CaptureRecipe
+    from product_retrieval.capture.regions import DetectorProposals, extract_regions
+    from product_retrieval.encoders import ImageEncoder
+    from product_retrieval.training import load_recipe
+
+    recipe = load_recipe(recipe_path("tiny-capture" if quick() else "demo-capture"), CaptureRecipe)
+    detector = train_detector(catalog, recipe_path(recipe.detector), folder / "detector")
+    encoder = ImageEncoder.from_pretrained(folder.parent / "image_model" / "training" / "model")
+    return recipe, extract_regions(catalog, DetectorProposals(detector), encoder, folder / "regions", recipe.regions)
+
+# %% ../nbs/00a_tour.ipynb #dfb24fa1
+def _by_capture(streams: str, use: str, instances: bool = False) -> Callable:
+    "Rankings by a variant of CAPTURE; with `instances`, every proposal of a query asks for itself."
+
+    def system(job: Job, catalog: Catalog, folder: Path) -> np.ndarray:
+        from product_retrieval.capture.instances import rank_catalog
+
+        trained, regions = _capture_variant(job, catalog, folder.parent / "capture_parts", streams)
+        return rank_catalog(trained, catalog, regions, use, instances=instances, k=job.k)
+
+    return system
+
+
+def _capture_variant(job: Job, catalog: Catalog, folder: Path, streams: str) -> tuple[Any, Any]:
+    "A pretrained variant and the regions; a finished one is only loaded."
+    from product_retrieval.capture.pretrain import pretrain_capture
+
+    recipe, regions = _capture_parts(job, catalog, folder)
+    recipe = replace(recipe, seed=job.seed, model={**recipe.model, "streams": streams})
+    return pretrain_capture(catalog, regions, recipe, folder / streams), regions
+
+# %% ../nbs/00a_tour.ipynb #a416f87f
+CAPTURE_SYSTEMS: dict[str, tuple[str, Callable]] = {
+    "text only": ("captions; one stream of CAPTURE", _by_capture("text", "text")),
+    "image only": ("pictures and regions; one stream of CAPTURE", _by_capture("image", "image")),
+    "dual encoder": ("both, never fused; one vector a picture", _by_capture("dual", "projections")),
+    "CAPTURE image-level": ("both, fused; one vector a picture", _by_capture("both", "projections")),
+    "CAPTURE instance-level": ("both, fused; every proposal asks", _by_capture("both", "image", instances=True)),
+}
+
+# %% ../nbs/00a_tour.ipynb #6497aaaf
 SYSTEMS: dict[str, tuple[str, Callable]] = {
     "chance": ("sees nothing", _by_chance),
     "colour histogram": ("sees pictures, learns nothing", _by_colour),
     "bag of words": ("sees captions, learns nothing", _by_words),
     "image model": ("sees pictures, learned coarse categories", _by_model),
+    **CAPTURE_SYSTEMS,
 }
 
-# %% ../nbs/00a_tour.ipynb #4e46fce1
+# %% ../nbs/00a_tour.ipynb #c9edb099
 def systems_for(catalog: Catalog) -> tuple[list[str], list[str]]:
     "The systems that this catalogue can feed, and a note about each that it cannot."
     names, notes = list(SYSTEMS), []
@@ -180,9 +225,23 @@ def systems_for(catalog: Catalog) -> tuple[list[str], list[str]]:
     if not any(catalog.train.categories()):
         names.remove("image model")
         notes.append("No image model: the train split has no categories to learn from.")
+    if reason := _no_capture(catalog, names):
+        names = [name for name in names if name not in CAPTURE_SYSTEMS]
+        notes.append(f"No CAPTURE: {reason}.")
     return names, notes
 
-# %% ../nbs/00a_tour.ipynb #2a167788
+
+def _no_capture(catalog: Catalog, names: list[str]) -> str:
+    "Why CAPTURE cannot run on this catalogue, or ''."
+    if "bag of words" not in names or not any(catalog.train.titles):
+        return "queries or training items have no titles"
+    if "image model" not in names:
+        return "there is no image model to describe regions"
+    if len(set(catalog.train.titles)) < len(catalog.train) / 4:
+        return "most training items share their title with others, so that a title names a class, not an item"
+    return ""
+
+# %% ../nbs/00a_tour.ipynb #87067f55
 def run_system(name: str, job: Job, catalog: Catalog, folder: Path) -> Result:
     "Run one system and score it."
     note, system = SYSTEMS[name]
@@ -194,7 +253,7 @@ def run_system(name: str, job: Job, catalog: Catalog, folder: Path) -> Result:
     result = Result(name, note, rankings, evaluate(rankings, positives, METRICS), seconds)
     ranking, about = ranking_from_rows(rankings, queries.ids, gallery.ids), {"seed": job.seed, "catalogue": "../../../catalog"}
     write_run(folder / name.replace(" ", "_") / "run", ranking, catalog.root, model=name, notes=about)
-    job.say(f"  {name:18s} " + "  ".join(f"{m} {v:.3f}" for m, v in result.evaluation.values.items()) + f"  ({seconds:.1f} s)")
+    job.say(f"  {name:22s} " + "  ".join(f"{m} {v:.3f}" for m, v in result.evaluation.values.items()) + f"  ({seconds:.1f} s)")
     return result
 
 # %% ../nbs/00a_tour.ipynb #6d5e7b73
@@ -280,12 +339,41 @@ def metrics_json(job: Job, catalog: Catalog, results: list[Result]) -> dict:
         rows.append({"name": result.name, **values, "seconds": round(result.seconds, 2), **intervals})
     return {"data": catalog.name, "seed": job.seed, "rows": rows}
 
-# %% ../nbs/00a_tour.ipynb #9ea1e851
+# %% ../nbs/00a_tour.ipynb #106fe510
+def proposal_sheet(job: Job, catalog: Catalog, result: Result, folder: Path) -> list[Example]:
+    "The best example of `pick_examples` with its boxes, then one line for each proposal."
+    from product_retrieval.capture.detector import with_boxes
+    from product_retrieval.capture.instances import instance_vectors
+    from product_retrieval.capture.pretrain import item_vectors
+    from product_retrieval.data.pictures import read_image
+    from product_retrieval.evaluation import rank
+
+    query = pick_examples(result.evaluation)["What it finds"][0]
+    queries, gallery = catalog.split("query"), catalog.split("gallery")
+    trained, regions = _capture_variant(job, catalog, folder, "both")
+    asked = instance_vectors(trained.model, [trained.batches(queries, regions).of([query])], "image")
+    found = rank(asked.vectors, item_vectors(trained.model, trained.batches(gallery, regions), "image"), 7)
+    picture = read_image(queries.paths[query])
+    with_boxes(picture, asked.boxes).save(folder / "boxes.png")
+    first = replace(_example(result, catalog, query), query=Tile(folder / "boxes.png", queries.titles[query]))
+    return [first] + [_proposal(catalog, query, picture, box, rows, folder / f"box-{n}.png", n)
+                      for n, (box, rows) in enumerate(zip(asked.boxes, found, strict=True), 1)]
+
+# %% ../nbs/00a_tour.ipynb #3eba5549
+def _proposal(catalog: Catalog, query: int, picture: Any, box: np.ndarray, rows: np.ndarray, file: Path, number: int) -> Example:
+    "A proposal as a query, with what it finds."
+    corners = (box * np.array([picture.width, picture.height] * 2)).round().astype(int).tolist()
+    picture.crop((corners[0], corners[1], max(corners[2], corners[0] + 1), max(corners[3], corners[1] + 1))).save(file)
+    gallery, wanted = catalog.split("gallery"), set(catalog.split("query").labels[query])
+    tiles = [Tile(gallery.paths[r], gallery.titles[r], not wanted.isdisjoint(gallery.labels[r])) for r in rows]
+    return Example(Tile(file, f"proposal {number}"), tiles)
+
+# %% ../nbs/00a_tour.ipynb #950e2eef
 OUTPUTS = {"catalog", "metrics.json", "report.html", "systems"}
 
 
 def run_demo(out: str | Path, job: Job | None = None) -> dict:
-    "The main job: data, four systems, `out`/report.html and `out`/metrics.json. Returns what metrics.json holds."
+    "The main job: data, systems, scoreboard: `out`/report.html and `out`/metrics.json. Returns what metrics.json holds."
     import torch
 
     from product_retrieval.first_model import start_encoder
@@ -306,6 +394,9 @@ def run_demo(out: str | Path, job: Job | None = None) -> dict:
         job.say("3/3 the report")
         curves = training_curves(folder / "systems" / "image_model" / "training")
         report = make_report(job, catalog, results, out, timings=timings, notes=notes, curves=curves)
+        if "CAPTURE instance-level" in names:
+            parts = folder / "systems" / "capture_parts"
+            report.sheets["What each proposal finds"] = proposal_sheet(job, catalog, results[-1], parts)
         write_report(report, folder / "report.html")
         write_json(folder / "metrics.json", metrics := metrics_json(job, catalog, results))
     job.say(f"open {out / 'report.html'}")
@@ -346,19 +437,24 @@ def training_curves(folder: Path) -> dict[str, list[tuple[float, float]]]:
             curves |= {name: [(float(x), float(y)) for x, y in log[name].items()] for name in log if keep(name)}
     return {("training loss" if name == "loss" else f"validation {name}"): points for name, points in curves.items()}
 
-# %% ../nbs/00a_tour.ipynb #c4d0d6e9
+# %% ../nbs/00a_tour.ipynb #a5a02169
 def search_pictures(
     index: str | Path,  # an index folder
     model: str,  # a model folder or name, the one that made the index's vectors
     pictures: list[str | Path],
     k: int = 10,
     weights: str | Path | None = None,
+    titles: list[str] | None = None,  # one for each picture; CAPTURE reads them
 ) -> dict[str, list[dict]]:  # picture -> [{"item_id": ..., "score": ...}, ...], best first
-    "Find the items nearest to some pictures."
+    "Find the items nearest to some pictures; a CAPTURE system asks for every product that it sees in them."
     from product_retrieval.encoders import load_encoder
     from product_retrieval.search import Index
 
     stock, encoder = Index.load(index), load_encoder(model, weights=weights)
+    if hasattr(encoder, "instances"):
+        from product_retrieval.capture.system import search_instances
+
+        return dict(zip(map(str, pictures), search_instances(encoder, stock, pictures, titles, k), strict=True))
     stock.check_encoder(encoder)
     found, answers = stock.search(_vectors(encoder, pictures), k), {}
     for picture, ids, scores in zip(pictures, found.ids, found.scores, strict=True):

@@ -18,10 +18,10 @@ from torch.nn import functional
 from .core import InputError, atomic_folder, cache_dir, did_you_mean, human_size, read_json, write_json
 
 # %% auto #0
-__all__ = ['unit', 'HubLayout', 'rgb_to_hsv', 'rgb_to_lab', 'count_colors', 'ColorHistogram', 'RawPixels', 'words', 'weigh_words',
-           'title_vectors', 'TitleWords', 'EncoderConfig', 'GeM', 'ImageEncoder', 'encode_pixels', 'read_weights',
-           'fill', 'weights_convention', 'image_encoder', 'vectors_of', 'OpenClipConfig', 'OpenClipEncoder',
-           'encode_titles', 'open_clip_encoder', 'check_model_folder', 'model_card', 'load_encoder']
+__all__ = ['MODEL_FILES', 'unit', 'HubLayout', 'rgb_to_hsv', 'rgb_to_lab', 'count_colors', 'ColorHistogram', 'RawPixels', 'words',
+           'weigh_words', 'title_vectors', 'TitleWords', 'EncoderConfig', 'GeM', 'ImageEncoder', 'encode_pixels',
+           'read_weights', 'fill', 'weights_convention', 'image_encoder', 'vectors_of', 'OpenClipConfig',
+           'OpenClipEncoder', 'encode_titles', 'open_clip_encoder', 'check_model_folder', 'model_card', 'load_encoder']
 
 # %% ../nbs/04a_encoders.ipynb #29dd137d
 def unit(
@@ -736,11 +736,12 @@ encoder = load_encoder("this folder or repository")
 {card}
 """
 
-# %% ../nbs/04a_encoders.ipynb #291113b1
+# %% ../nbs/04a_encoders.ipynb #83ab312f
 def model_card(encoder: Any, text: str = "") -> str:
     "README.md of a saved encoder."
     weights = getattr(getattr(encoder, "config", None), "weights", "none, nothing is trained")
-    size = f"RGB pictures, {encoder.size} x {encoder.size} pixels" if encoder.size else "titles"
+    size = getattr(encoder, "reads", "titles")
+    size = f"RGB pictures, {encoder.size} x {encoder.size} pixels" if encoder.size else size
     facts = {"name": encoder.name, "dim": encoder.dim, "kind": type(encoder).__name__, "weights": weights}
     return _CARD.format(**facts, input=size, card=text).rstrip() + "\n"
 
@@ -782,8 +783,8 @@ def _rebuilt(kind: type, settings: dict, tensors: dict, source: Path) -> Any:
     except (TypeError, ValueError, AttributeError, KeyError, RuntimeError) as error:
         raise InputError(f"{source}: no {kind.__name__} can be made of these settings ({error}); save it again") from error
 
-# %% ../nbs/04a_encoders.ipynb #960efd93
-_FILES = ("config.json", "preprocessor_config.json", "model.safetensors", "README.md", "tokenizer.json")
+# %% ../nbs/04a_encoders.ipynb #5f76548a
+MODEL_FILES = ("config.json", "preprocessor_config.json", "model.safetensors", "README.md")
 
 # %% ../nbs/04a_encoders.ipynb #34882bcb
 def _find_folder(name: str, revision: str | None) -> Path:
@@ -799,7 +800,7 @@ def _find_folder(name: str, revision: str | None) -> Path:
         _hub_file(name, file, advice, revision)
     return first.parent
 
-# %% ../nbs/04a_encoders.ipynb #980c03a3
+# %% ../nbs/04a_encoders.ipynb #b05c6ce9
 def _publish(encoder: Any, repository: str, private: bool, card: str, token: str | None) -> str:
     "Upload the folder; nothing is uploaded before it is complete."
     import tempfile
@@ -810,7 +811,7 @@ def _publish(encoder: Any, repository: str, private: bool, card: str, token: str
         folder = encoder.save_pretrained(Path(scratch) / "model", card)
         api = HfApi(token=token)
         address = api.create_repo(repository, private=private, exist_ok=True)
-        api.upload_folder(repo_id=repository, folder_path=folder, allow_patterns=list(_FILES))
+        api.upload_folder(repo_id=repository, folder_path=folder, allow_patterns=[*MODEL_FILES, *encoder.more_files])
     return str(address)
 
 # %% ../nbs/04a_encoders.ipynb #f0617536

@@ -17,7 +17,7 @@ package = repository / "product_retrieval"
 def floors() -> dict[str, int]:
     "Module -> floor, read from the table in CONTRIBUTING.md, so that table and code cannot disagree."
     found = {}
-    rows = re.findall(r"(?m)^\| (ground|\d) \| (.*) \|$", (repository / "CONTRIBUTING.md").read_text(encoding="utf-8"))
+    rows = re.findall(r"(?m)^\| (ground|\d+) \| (.*) \|$", (repository / "CONTRIBUTING.md").read_text(encoding="utf-8"))
     for floor, modules in rows:
         for name in re.findall(r"`([\w.]+)`", modules):
             found[name] = -1 if floor == "ground" else int(floor)
