@@ -402,6 +402,26 @@ def test_cached_needs_tensors_and_a_chunk():
             cached(lambda part: part, batch, chunk)
 
 
+def test_cached_refuses_what_it_would_compute_wrongly():
+    first, second = nn.Linear(3, 2), nn.Linear(3, 2)
+    with pytest.raises(InputError, match="requires a gradient"):
+        cached(first, torch.ones(4, 3, requires_grad=True), 2)
+    x = torch.arange(12.0).view(4, 3)
+    out = cached(lambda part: first(part) if part[0, 0] == 0 else second(part), x, 2)
+    with pytest.raises(InputError, match="uses parameters in one piece"):
+        out.sum().backward()
+
+
+def test_cached_frozen_and_shared_parameters():
+    frozen, shared, x = nn.Linear(3, 3).requires_grad_(False), nn.Linear(3, 3), torch.randn(5, 3)
+    encode = lambda part: (shared(frozen(shared(part))), torch.tensor([len(part)]))
+    vectors, counts = cached(encode, x, 2)
+    wanted = gradients(encode(x)[0].pow(2).sum(), shared.weight, shared.bias)
+    torch.testing.assert_close(gradients(vectors.pow(2).sum(), shared.weight, shared.bias), wanted)
+    assert counts.tolist() == [2, 2, 1]
+    assert not cached(frozen, x, 2).requires_grad
+
+
 def test_exported_module_holds_no_library_of_losses():
     text = Path(losses.__file__).read_text(encoding="utf-8")
     assert "open_clip" not in text and "pytorch_metric_learning" not in text
