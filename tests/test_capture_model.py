@@ -211,6 +211,11 @@ def test_by_length_is_a_permutation_with_little_padding():
     assert not (order == by_length(lengths, 16, seed=4)).all()
     padded = lambda rows: sum(lengths[part].max() * len(part) for part in np.array_split(rows[:992], 62))
     assert padded(order) < 1.1 * lengths[order[:992]].sum() < 0.7 * padded(np.arange(1003))
+    both = np.stack([lengths, lengths[::-1]], 1)
+    order = by_length(both, 16, seed=3)
+    assert sorted(order) == list(range(1003))
+    cost = lambda rows: sum(both[part].max(0).sum() * len(part) for part in np.array_split(rows[:992], 62))
+    assert cost(order) < 0.75 * cost(np.arange(1003))
     assert len(by_length([], 16)) == 0 and list(by_length([5], 16)) == [0]
 
 

@@ -578,21 +578,33 @@ def _longest(mask: torch.Tensor | None) -> int:
     used = mask.any(0).nonzero()
     return int(used[-1]) + 1 if len(used) else 1
 
-# %% ../../nbs/07b_capture_model.ipynb #2db255e5
+# %% ../../nbs/07b_capture_model.ipynb #1668db86
 def by_length(
-    lengths: Sequence[int] | np.ndarray,  # [items] tokens (and regions) of each item
+    lengths: Sequence | np.ndarray,  # [items], or [items, 2]: tokens and regions of each item
     batch_size: int,
     seed: int = 0,
-    window: int = 50,  # batches that are sorted together; larger = less padding, less chance
+    window: int = 64,  # batches that are sorted together; larger = less padding, less chance
 ) -> np.ndarray:  # [items] an order of rows whose consecutive batches hold items of similar length
     "A random order for training in which a batch hardly pays for padding."
     random, lengths = np.random.default_rng(seed), np.asarray(lengths)
-    order = random.permutation(len(lengths))
-    parts = [order[at : at + window * batch_size] for at in range(0, len(order), window * batch_size)]
-    order = np.concatenate([part[np.argsort(lengths[part], kind="stable")] for part in parts] or [order])
+    lengths = lengths[:, None] if lengths.ndim == 1 else lengths
+    parts = np.split(random.permutation(len(lengths)), range(window * batch_size, len(lengths), window * batch_size))
+    order = np.concatenate([_alike(part, lengths, batch_size) for part in parts])
     full = len(order) // batch_size * batch_size
     batches = order[:full].reshape(-1, batch_size)
     return np.concatenate([batches[random.permutation(len(batches))].reshape(-1), order[full:]])
+
+# %% ../../nbs/07b_capture_model.ipynb #b854bbc4
+def _alike(rows: np.ndarray, lengths: np.ndarray, batch_size: int) -> np.ndarray:
+    "Sorted by length; with two lengths, by the first into groups of several batches, and by the second within each."
+    if not len(rows) or not lengths.shape[1]:
+        return rows
+    rows = rows[np.argsort(lengths[rows, 0], kind="stable")]
+    if lengths.shape[1] == 1:
+        return rows
+    group = batch_size * max(1, round((len(rows) / batch_size) ** 0.5))
+    groups = np.split(rows, range(group, len(rows), group))
+    return np.concatenate([part[np.argsort(lengths[part, 1], kind="stable")] for part in groups])
 
 # %% ../../nbs/07b_capture_model.ipynb #bd04be3a
 def check_batch(batch: CaptureBatch, config: CaptureConfig) -> CaptureBatch:
