@@ -93,11 +93,12 @@ def _weights(model: Any) -> list[tuple[str, np.ndarray]]:
 
     return [(k, v.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()) for k, v in model.state_dict().items()]
 
-# %% ../nbs/04b_embeddings.ipynb #354bded7
+# %% ../nbs/04b_embeddings.ipynb #4a7b0772
 def describe_encoder(encoder: Callable) -> dict[str, str]:
     "Name, content hash and preprocessing of an encoder: what has to be equal before two runs may share a folder."
     name = str(getattr(encoder, "name", None) or getattr(encoder, "__qualname__", type(encoder).__qualname__))
-    settings = {k: v for k, v in getattr(encoder, "__dict__", {}).items() if k[0] != "_" and k not in ("transform", "training")}
+    left_out = ("transform", "training", "history")  # what an encoder computes does not depend on how it was trained
+    settings = {k: v for k, v in getattr(encoder, "__dict__", {}).items() if k[0] != "_" and k not in left_out}
     state = content_hash(settings, _weights(encoder) if hasattr(encoder, "state_dict") else [])
     transform = re.sub(r" at 0x[0-9a-f]+", "", repr(getattr(encoder, "transform", None)))
     return {"model": name, "weights": state, "preprocessing": re.sub(r"\s+", " ", transform)}

@@ -178,7 +178,7 @@ def _beside(variable: str, kind: str, name: str, advice: str) -> Path | None:
     print(f"{name} is not here; set {variable} to the folder that holds it ({advice})")
     return None
 
-# %% ../nbs/00c_teaching.ipynb #c25ef6f6
+# %% ../nbs/00c_teaching.ipynb #a99282c4
 def run_folder(
     name: str,  # what is trained there
     *recipes: str | Path,  # the recipe files that decide about it
@@ -186,8 +186,12 @@ def run_folder(
     "A folder in the cache for runs that chapters share; another recipe or another version of the code has another folder."
     package = Path(__file__).resolve().parent
     digest = hashlib.sha256()
-    for file in [*map(Path, recipes), *sorted(package.rglob("*.py"))]:
+    code = [file for file in sorted(package.rglob("*.py")) if file.stem not in _SHOWS]
+    for file in [*map(Path, recipes), *code]:
         digest.update(file.read_bytes())
     folder = cache_dir() / "runs" / f"{name}-{digest.hexdigest()[:12]}"
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+# %% ../nbs/00c_teaching.ipynb #9f8c2d61
+_SHOWS = ("_modidx", "cli", "demo", "report", "teaching")  # modules that show results and compute none
