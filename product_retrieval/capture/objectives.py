@@ -15,7 +15,7 @@ from ..core import InputError, did_you_mean
 from ..losses import Contrastive, cached, gather_with_gradient
 
 # %% auto #0
-__all__ = ['REGION_TARGETS', 'SAME', 'TokenTable', 'mask_tokens', 'mask_regions', 'masked_language', 'masked_region',
+__all__ = ['REGION_TARGETS', 'SAME', 'TokenTable', 'mask_tokens', 'masked_language', 'mask_regions', 'masked_region',
            'class_distribution', 'caption_groups', 'shared_words', 'ObjectiveConfig', 'CaptureObjective']
 
 # %% ../../nbs/08b_objectives.ipynb #c0248e02
@@ -102,6 +102,31 @@ def _corrupt(tokens: torch.Tensor, chosen: torch.Tensor, special: torch.Tensor, 
     random = ordinary[torch.randint(len(ordinary), tokens.shape, device=tokens.device)]
     return torch.where(chosen & (fate < 0.8), mask, torch.where(chosen & (fate >= 0.9), random, tokens))
 
+# %% ../../nbs/08b_objectives.ipynb #f9a77e33
+def _language_sum(model: Any, fused_text: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    "Summed cross-entropy at the places to be guessed, and their number; both [1]."
+    places = targets >= 0
+    if not places.any():
+        return model.token_logits(fused_text[:1, 0]).sum()[None] * 0, places.sum()[None]
+    logits = model.token_logits(fused_text[places])
+    return functional.cross_entropy(logits.float(), targets[places], reduction="sum")[None], places.sum()[None]
+
+# %% ../../nbs/08b_objectives.ipynb #a6a90676
+def _check_places(name: str, places: torch.Tensor, states: torch.Tensor) -> None:
+    if places.shape != states.shape[:2]:
+        raise InputError(f"{name}: {tuple(places.shape)}, expected {tuple(states.shape[:2])} as the model's output")
+
+# %% ../../nbs/08b_objectives.ipynb #59774840
+def masked_language(
+    model: Any,  # has token_logits([places, dim]) -> [places, vocabulary]
+    fused_text: torch.Tensor,  # [batch, tokens, dim]
+    targets: torch.Tensor,  # [batch, tokens], -100 where nothing is to be guessed
+) -> torch.Tensor:  # scalar; 0 when nothing is masked
+    "Cross-entropy of the hidden tokens; the vocabulary head runs at their places only."
+    _check_places("targets", targets, fused_text)
+    total, count = _language_sum(model, fused_text, targets)
+    return (total / count.clamp(min=1)).squeeze()
+
 # %% ../../nbs/08b_objectives.ipynb #ab4d3e08
 def mask_regions(
     regions: torch.Tensor,  # [batch, regions, dim]; region 0 is the whole picture
@@ -119,31 +144,6 @@ def mask_regions(
     which = (draws < share) & region_mask
     which[:, 0] = False
     return regions.masked_fill((which & (fate < zeroed))[..., None], 0), which
-
-# %% ../../nbs/08b_objectives.ipynb #f9a77e33
-def _language_sum(model: Any, fused_text: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    "Summed cross-entropy at the places to be guessed, and their number; both [1]."
-    places = targets >= 0
-    if not places.any():
-        return model.token_logits(fused_text[:1, 0]).sum()[None] * 0, places.sum()[None]
-    logits = model.token_logits(fused_text[places])
-    return functional.cross_entropy(logits.float(), targets[places], reduction="sum")[None], places.sum()[None]
-
-# %% ../../nbs/08b_objectives.ipynb #59774840
-def masked_language(
-    model: Any,  # has token_logits([places, dim]) -> [places, vocabulary]
-    fused_text: torch.Tensor,  # [batch, tokens, dim]
-    targets: torch.Tensor,  # [batch, tokens], -100 where nothing is to be guessed
-) -> torch.Tensor:  # scalar; 0 when nothing is masked
-    "Cross-entropy of the hidden tokens; the vocabulary head runs at their places only."
-    _check_places("targets", targets, fused_text)
-    total, count = _language_sum(model, fused_text, targets)
-    return (total / count.clamp(min=1)).squeeze()
-
-# %% ../../nbs/08b_objectives.ipynb #a6a90676
-def _check_places(name: str, places: torch.Tensor, states: torch.Tensor) -> None:
-    if places.shape != states.shape[:2]:
-        raise InputError(f"{name}: {tuple(places.shape)}, expected {tuple(states.shape[:2])} as the model's output")
 
 # %% ../../nbs/08b_objectives.ipynb #1a482894
 REGION_TARGETS = ("feature", "classes")
