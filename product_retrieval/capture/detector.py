@@ -27,8 +27,8 @@ from ..training import TrainConfig, fit, from_table, load_recipe
 __all__ = ['overlaps', 'Proposals', 'match', 'proposal_recall', 'average_precision', 'grab', 'largest_piece', 'box_of',
            'trustworthy', 'cut_out', 'corner', 'CutOuts', 'cut_products', 'PasteConfig', 'turned', 'Placed', 'arrange',
            'paint_background', 'visible_boxes', 'compose', 'with_boxes', 'PastedBatch', 'PastedPictures',
-           'DetectorConfig', 'Detector', 'fit_square', 'thinned', 'evaluating', 'find_all', 'DetectorRecipe',
-           'detection_loss', 'pasted_pictures', 'validation_on', 'best_threshold', 'choose_limits', 'start_detector',
+           'DetectorConfig', 'Detector', 'fit_square', 'thinned', 'fused', 'evaluating', 'find_all', 'DetectorRecipe',
+           'detection_loss', 'pasted_pictures', 'validation_on', 'best_threshold', 'choose_threshold', 'start_detector',
            'train_detector', 'trained_detector', 'find_and_describe', 'describe_boxes']
 
 # %% ../../nbs/06a_detector.ipynb #62faa544
@@ -245,7 +245,7 @@ def cut_products(
                          "copy-and-paste needs pictures of single products before a calm background")
     return CutOuts([k[1] for k in kept], [k[2] for k in kept], [train.ids[k[0]] for k in kept])
 
-# %% ../../nbs/06a_detector.ipynb #12cc492a
+# %% ../../nbs/06a_detector.ipynb #a1574303
 @dataclass
 class PasteConfig:
     "How pasted pictures look; lengths in shares of the picture's side."
@@ -254,7 +254,7 @@ class PasteConfig:
     length: tuple[float, float] = (0.3, 0.85)  # longer side of a product
     rows: float = 0.6  # probability that the products stand in a row
     turn: float = 12.0  # spread of the turn in a row, degrees; lying products turn at will
-    overlap: tuple[float, float] = (-0.1, 0.45)  # of neighbours in a row, share of their widths
+    overlap: tuple[float, float] = (-0.1, 0.3)  # of neighbours in a row, share of their widths
     visible: float = 0.25  # a product that shows less of itself is no product
     color: float = 0.12  # spread of brightness and of each colour channel
     hue: float = 0.3  # probability that the colour channels change places
@@ -569,7 +569,7 @@ def _drawn_ahead(pictures: PastedPictures, epoch: int, start: int) -> Iterator[P
                 waiting.append(pool.submit(_batch_of, pictures, epoch, number + 2))
             yield waiting.pop(0).result()
 
-# %% ../../nbs/06a_detector.ipynb #07916345
+# %% ../../nbs/06a_detector.ipynb #1412ec78
 @dataclass
 class DetectorConfig:
     "Everything that describes a `Detector` except its weights."
@@ -579,13 +579,14 @@ class DetectorConfig:
     size: int = 128  # longer side of the pictures, pixels; the rest of the square is padding
     strides: tuple[int, ...] = (8, 16, 32)  # pixels per cell of the feature maps that are used
     channels: int = 64  # of the feature pyramid
-    anchors: tuple[int, ...] = (24, 48, 88)  # side of the anchors on each map, pixels
-    ratios: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0)  # height / width of the anchors
+    anchors: tuple[int, ...] = (26, 51, 90)  # side of the anchors on each map, pixels
+    ratios: tuple[float, ...] = (0.5, 1.0, 2.0)  # height / width of the anchors
     cells: int = 4  # a region is pooled into cells x cells
     hidden: int = 256  # length of a region's feature vector
     candidates: int = 100  # proposals of the first stage
     threshold: float = 0.5  # least score of a product
     overlap: float = 0.5  # two boxes with a larger IoU are one product
+    merge: str = "fuse"  # what becomes of them: "fuse" = their mean, "suppress" = the surest one
     limit: int = 100  # products in a picture at most
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # subtracted from each channel (values 0..1)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)  # divides each channel
@@ -596,6 +597,8 @@ class DetectorConfig:
             setattr(self, key, tuple(getattr(self, key)))
         if len(self.anchors) != len(self.strides):
             raise InputError(f"anchors = {list(self.anchors)}: expected one for each of the strides {list(self.strides)}")
+        if self.merge not in ("fuse", "suppress"):
+            raise InputError(f"merge = {self.merge!r}: unknown{did_you_mean(self.merge, ['fuse', 'suppress'])}")
 
 # %% ../../nbs/06a_detector.ipynb #ba867c5e
 def _backbone(config: DetectorConfig) -> nn.Module:
@@ -739,6 +742,21 @@ def thinned(proposals: Proposals, overlap: float) -> Proposals:
     kept = nms(torch.from_numpy(proposals.boxes), torch.from_numpy(proposals.scores), overlap).numpy()
     return Proposals(proposals.boxes[kept], proposals.scores[kept])
 
+# %% ../../nbs/06a_detector.ipynb #de3cff1f
+def fused(proposals: Proposals, overlap: float) -> Proposals:
+    "Boxes that overlap a surer one become one: the mean, weighted by score; the more of them agree, the surer it is."
+    table, scores = overlaps(proposals.boxes, proposals.boxes), proposals.scores.astype(np.float64)
+    left, boxes, sure = np.ones(len(scores), bool), [], []
+    for row in np.argsort(-scores, kind="stable"):
+        if left[row]:
+            group = left & (table[row] >= overlap)
+            group[row] = True
+            left &= ~group
+            boxes.append(np.average(proposals.boxes[group], axis=0, weights=scores[group] + 1e-9))
+            sure.append(scores[row] * (1 - np.exp(-scores[group].sum())))
+    order = np.argsort(-np.array(sure), kind="stable")
+    return Proposals(np.array(boxes, np.float32).reshape(-1, 4)[order], np.array(sure, np.float32)[order])
+
 # %% ../../nbs/06a_detector.ipynb #5ebf8594
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[torch.device]:
@@ -761,17 +779,19 @@ def _find(detector: Detector, pictures: Sequence[Any], limits: tuple) -> list[Pr
         pixels = torch.stack(squares).to(device)
         return _detections(detector, detector.maps(pixels), pixels, sizes, limits)
 
-# %% ../../nbs/06a_detector.ipynb #5915ab97
+# %% ../../nbs/06a_detector.ipynb #252ddadb
 def _detections(detector: Detector, maps: dict, pixels: torch.Tensor, sizes: Sequence, limits: tuple) -> list[Proposals]:
     "Both stages on computed maps; boxes become shares of the picture inside its square."
-    heads, images = detector.second, _image_list(pixels, sizes)
-    heads.detections_per_img, heads.score_thresh, heads.nms_thresh = limits
+    heads, images, (limit, threshold, overlap) = detector.second, _image_list(pixels, sizes), limits
+    heads.score_thresh, heads.nms_thresh, heads.detections_per_img = min(0.05, threshold), 0.9, 300
     candidates, _ = detector.first(images, maps)
     found, _ = heads(maps, candidates, images.image_sizes)
+    merge = fused if detector.config.merge == "fuse" else thinned
     results = []
     for (height, width), one in zip(sizes, found, strict=True):
-        scale = one["boxes"].new_tensor([width, height, width, height])
-        results.append(Proposals((one["boxes"] / scale).clamp(0, 1).cpu().numpy(), one["scores"].cpu().numpy()))
+        boxes = (one["boxes"] / one["boxes"].new_tensor([width, height, width, height])).clamp(0, 1)
+        merged = merge(Proposals(boxes.cpu().numpy(), one["scores"].cpu().numpy()), overlap)
+        results.append(merged.top(min(limit, int((merged.scores >= threshold).sum()))))
     return results
 
 # %% ../../nbs/06a_detector.ipynb #978767f2
@@ -779,7 +799,7 @@ def find_all(detector: Detector, pictures: Sequence[Any], batch_size: int = 32, 
     "`Detector.find` for a list of pictures of any length."
     return [one for at in range(0, len(pictures), batch_size) for one in detector.find(pictures[at : at + batch_size], **limits)]
 
-# %% ../../nbs/06a_detector.ipynb #1538bae5
+# %% ../../nbs/06a_detector.ipynb #fd5b94a2
 @dataclass
 class DetectorRecipe:
     "How to train a detector: a file of `recipes/`."
@@ -787,10 +807,12 @@ class DetectorRecipe:
     detector: DetectorConfig = field(default_factory=DetectorConfig)
     paste: PasteConfig = field(default_factory=PasteConfig)
     cut_outs: int = 1000  # training pictures that products are cut from
+    cut_size: int = 160  # longer side of those pictures, pixels; more than the pasted pictures have keeps products sharp
     held_out: float = 0.1  # share of the cut-outs for validation pictures
     pictures: int = 1024  # pasted pictures in an epoch
     validation: int = 100  # pasted validation pictures
     batch_size: int = 16
+    test_size: int = 0  # longer side of the pictures after training, pixels; 0 = as in training
     seed: int = 0
     train: TrainConfig = field(default_factory=TrainConfig)
 
@@ -817,34 +839,31 @@ def _tensors_and_boxes(pictures: PastedPictures) -> tuple[list[torch.Tensor], li
     tensors = [torch.from_numpy(picture).permute(2, 0, 1) for picture, _ in drawn]
     return tensors, [boxes / pictures.size for _, boxes in drawn]
 
-# %% ../../nbs/06a_detector.ipynb #99ab1d76
+# %% ../../nbs/06a_detector.ipynb #6c154747
 def validation_on(pictures: PastedPictures) -> Callable[[Detector], dict[str, float]]:
     "A function of the model for `fit(validate=...)`: average precision and recall on pasted pictures."
     tensors, truth = _tensors_and_boxes(pictures)
 
     def validate(model: Detector) -> dict[str, float]:
-        found = find_all(model, tensors, threshold=0.05, overlap=0.5)
+        found = find_all(model, tensors, threshold=0.05)
         return {"AP": average_precision(found, truth), "recall@10": proposal_recall(found, truth)}
 
     return validate
 
-# %% ../../nbs/06a_detector.ipynb #226a5dc8
+# %% ../../nbs/06a_detector.ipynb #a820939f
 def best_threshold(found: Sequence[Proposals], truth: Sequence[np.ndarray], beta: float = 2.0) -> float:
     "The score above which a box counts: the one with the best F-beta, in which recall weighs `beta` times as much."
     right = np.concatenate([match(one, boxes) for one, boxes in zip(found, truth, strict=True)])
     scores, total = np.concatenate([one.scores for one in found]), sum(len(boxes) for boxes in truth)
-    tried = np.arange(0.1, 0.95, 0.05).round(2)
+    tried = np.arange(0.05, 0.95, 0.05).round(2)
     values = [(1 + beta**2) * right[scores >= t].sum() / max(1, (scores >= t).sum() + beta**2 * total) for t in tried]
     return float(tried[int(np.argmax(values))])
 
-# %% ../../nbs/06a_detector.ipynb #ccfb22c8
-def choose_limits(detector: Detector, pictures: PastedPictures) -> dict[str, float]:
-    "The overlap with the best average precision, and the threshold with the best F2 there, on pasted pictures."
+# %% ../../nbs/06a_detector.ipynb #f423030c
+def choose_threshold(detector: Detector, pictures: PastedPictures) -> float:
+    "The score with the best F2 on pasted pictures."
     drawn, truth = _tensors_and_boxes(pictures)
-    found = find_all(detector, drawn, limit=300, threshold=0.05, overlap=0.9)
-    tried = {overlap: [thinned(one, overlap) for one in found] for overlap in (0.3, 0.4, 0.5, 0.6, 0.7)}
-    overlap = max(tried, key=lambda o: average_precision(tried[o], truth))
-    return {"overlap": overlap, "threshold": best_threshold(tried[overlap], truth)}
+    return best_threshold(find_all(detector, drawn, threshold=0.0), truth)
 
 # %% ../../nbs/06a_detector.ipynb #07481814
 def start_detector(recipe: DetectorRecipe, weights: str | Path | None = None) -> Detector:
@@ -868,17 +887,17 @@ def _fill_backbone(detector: Detector, weights: str) -> None:
     if weights != "published":
         detector.config.weights = Path(weights).name
 
-# %% ../../nbs/06a_detector.ipynb #465e4b5a
+# %% ../../nbs/06a_detector.ipynb #8131d1e9
 def _stored_cut_outs(catalog: Any, recipe: DetectorRecipe, out: Path) -> CutOuts:
     "Cut-outs of an earlier call with the same catalogue and recipe, or new ones."
     train = getattr(catalog, "train", catalog)
-    key = content_hash(describe_catalog(train), recipe.cut_outs, recipe.detector.size, recipe.seed)
+    key = content_hash(describe_catalog(train), recipe.cut_outs, recipe.cut_size, recipe.seed)
     path = out / f"cutouts-{key}.npz"
     if not path.exists():
-        cut_products(train, recipe.cut_outs, recipe.detector.size, recipe.seed).save(path)
+        cut_products(train, recipe.cut_outs, recipe.cut_size, recipe.seed).save(path)
     return CutOuts.load(path)
 
-# %% ../../nbs/06a_detector.ipynb #4eae13a2
+# %% ../../nbs/06a_detector.ipynb #edc99dab
 def train_detector(
     catalog: Any,  # a Catalog; training sees pictures of split "train" that show one product, nothing else
     recipe: DetectorRecipe | str | Path,  # or a file of `recipes/`
@@ -891,11 +910,19 @@ def train_detector(
     recipe = recipe if isinstance(recipe, DetectorRecipe) else load_recipe(recipe, DetectorRecipe)
     pictures, checks = pasted_pictures(_stored_cut_outs(catalog, recipe, Path(out)), recipe)
     detector = start_detector(recipe, weights)
+    detector.config.merge = "suppress"  # the quicker way while training validates
     detector.history = fit(detector, detection_loss, pictures, recipe.train, out, validation_on(checks))
-    detector.to("cpu").config = replace(detector.config, **choose_limits(detector, checks))
+    _prepare_to_find(detector.to("cpu"), recipe, checks)
     if PartialState().is_main_process:
         detector.save_pretrained(Path(out) / "model", _story(catalog, recipe, detector.history))
     return detector
+
+# %% ../../nbs/06a_detector.ipynb #e5a20136
+def _prepare_to_find(detector: Detector, recipe: DetectorRecipe, checks: PastedPictures) -> None:
+    "Settings for use after training: size of the pictures, way of merging, and the threshold chosen at that size."
+    size = recipe.test_size or recipe.detector.size
+    detector.config = replace(detector.config, size=size, merge=recipe.detector.merge)
+    detector.config.threshold = choose_threshold(detector, replace(checks, size=size))
 
 # %% ../../nbs/06a_detector.ipynb #e1a7ed02
 def _story(catalog: Any, recipe: DetectorRecipe, history: Any) -> str:
