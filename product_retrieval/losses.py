@@ -107,18 +107,18 @@ def _softmax_block(logits: torch.Tensor, pairs: _Pairs, start: int, stop: int) -
         logits[place, own] -= 1
     return whole - target
 
-# %% ../nbs/08a_losses.ipynb #4ae24ba3
+# %% ../nbs/08a_losses.ipynb #56022f6f
 def _sigmoid_block(logits: torch.Tensor, pairs: _Pairs, start: int, stop: int) -> torch.Tensor:
     "The same for one yes-or-no question a pair."
     place, own = torch.arange(stop - start, device=logits.device), pairs.own[start:stop]
-    sign = torch.full_like(logits, -1.0)
-    same = pairs.block(start, stop, logits.shape[1])
-    if same is not None:
-        sign.masked_fill_(same, 1.0 if pairs.positive else 0.0)
-    sign[place, own] = 1.0
-    agreement = sign * logits
-    losses = (functional.softplus(-agreement) * sign.abs()).sum(1)
-    logits.copy_(-sign * torch.sigmoid(-agreement))
+    same, yes = pairs.block(start, stop, logits.shape[1]), (place, own)
+    if same is not None and pairs.positive:
+        yes = same.nonzero(as_tuple=True)
+    elif same is not None:
+        same[place, own] = False
+        logits.masked_fill_(same, -math.inf)
+    losses = functional.softplus(logits).sum(1).index_add_(0, yes[0], logits[yes], alpha=-1)
+    logits.sigmoid_()[yes] -= 1
     return losses
 
 # %% ../nbs/08a_losses.ipynb #7166d1af
