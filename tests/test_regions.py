@@ -478,7 +478,8 @@ def test_two_at_once_are_told(tmp_path):
 
 def test_workers_change_nothing(tmp_path):
     catalog = photos(tmp_path / "c", 9)
-    one, two = (r.extract_regions(catalog, Many(2), Means(), tmp_path / f"r{w}", regions=2, batch_size=4, workers=w) for w in (0, 2))
+    options = {"regions": 2, "batch_size": 4}
+    one, two = (r.extract_regions(catalog, Many(2), Means(), tmp_path / f"r{w}", workers=w, **options) for w in (0, 2))
     np.testing.assert_array_equal(one.features, two.features)
 
 
@@ -571,7 +572,7 @@ def test_damaged_tsv(tmp_path, damage, message):
 def test_missing_and_empty_release_files(tmp_path):
     with pytest.raises(InputError, match="not found"):
         r.ReleaseFeatures(tmp_path / "none.tsv").records()
-    with pytest.raises(InputError, match="no [.]npz file"):
+    with pytest.raises(InputError, match=r"no [.]npz file"):
         list(r.ReleaseFeatures(tmp_path).records())
 
 
