@@ -209,12 +209,10 @@ def train_detector(data: Data, out: Out, recipe: Recipe = "shelf-detector", weig
     train(open_catalog(data), recipe_path(recipe), out, weights=weights or None)
     typer.echo(f"model saved to {out / 'model'}")
 
-# %% ../nbs/A_command_line.ipynb #1cc78854
+# %% ../nbs/A_command_line.ipynb #baa8b112
 @train_app.command("capture")
 def train_capture(
-    data: Data,
-    out: Out,
-    recipe: Recipe = "shelf-capture",
+    data: Data, out: Out, recipe: Recipe = "shelf-capture",
     detector: _option(str, "A detector's folder; empty: train the recipe's.") = "",
     encoder: _option(str, "A picture encoder by name or folder; empty: train the recipe's.") = "",
 ) -> None:
@@ -226,11 +224,10 @@ def train_capture(
     build_capture(open_catalog(data), recipe_path(recipe), out, detector or None, encoder or None)
     typer.echo(f"model saved to {out / 'model'}")
 
-# %% ../nbs/A_command_line.ipynb #f2f9013d
+# %% ../nbs/A_command_line.ipynb #f21e7176
 @app.command()
 def regions(
-    data: Data,
-    out: Out,
+    data: Data, out: Out,
     detector: _option(str, "A detector's folder, or grid: four quarters of every picture."),
     encoder: _option(str, "What describes the regions: a picture encoder; empty: the detector itself.") = "",
     count: _option(int, "Regions a picture, at most.", min=0) = 10,
@@ -243,14 +240,11 @@ def regions(
 
     typer.echo(repr(extract_regions(open_catalog(data), *proposer_of(detector, encoder), out, count, split)))
 
-# %% ../nbs/A_command_line.ipynb #363fb710
+# %% ../nbs/A_command_line.ipynb #d84598e1
 @app.command()
 def embed(
-    data: Data,
-    out: Out,
-    model: ModelName,
-    split: _option(str | None, "Only this split.") = None,
-    weights: Weights = "",
+    data: Data, out: Out, model: ModelName,
+    split: _option(str | None, "Only this split.") = None, weights: Weights = "",
     dtype: _option(str, "float32 or float16.") = "float32",
     batch_size: _option(int, "Pictures a batch.", min=1) = 64,
 ) -> None:

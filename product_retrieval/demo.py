@@ -176,7 +176,7 @@ def _capture_parts(job: Job, catalog: Catalog, folder: Path) -> tuple[Any, Any]:
     encoder = ImageEncoder.from_pretrained(folder.parent / "image_model" / "training" / "model")
     return recipe, extract_regions(catalog, DetectorProposals(detector), encoder, folder / "regions", recipe.regions)
 
-# %% ../nbs/00a_tour.ipynb #dfb24fa1
+# %% ../nbs/00a_tour.ipynb #80cc53da
 def _by_capture(streams: str, use: str, instances: bool = False) -> Callable:
     "Rankings by a variant of CAPTURE; with `instances`, every proposal of a query asks for itself."
 
@@ -188,7 +188,7 @@ def _by_capture(streams: str, use: str, instances: bool = False) -> Callable:
 
     return system
 
-
+# %% ../nbs/00a_tour.ipynb #3cf24003
 def _capture_variant(job: Job, catalog: Catalog, folder: Path, streams: str) -> tuple[Any, Any]:
     "A pretrained variant and the regions; a finished one is only loaded."
     from product_retrieval.capture.pretrain import pretrain_capture
@@ -197,13 +197,13 @@ def _capture_variant(job: Job, catalog: Catalog, folder: Path, streams: str) -> 
     recipe = replace(recipe, seed=job.seed, model={**recipe.model, "streams": streams})
     return pretrain_capture(catalog, regions, recipe, folder / streams), regions
 
-# %% ../nbs/00a_tour.ipynb #a416f87f
+# %% ../nbs/00a_tour.ipynb #722e79ab
 CAPTURE_SYSTEMS: dict[str, tuple[str, Callable]] = {
     "text only": ("captions; one stream of CAPTURE", _by_capture("text", "text")),
     "image only": ("pictures and regions; one stream of CAPTURE", _by_capture("image", "image")),
     "dual encoder": ("both, never fused; one vector a picture", _by_capture("dual", "projections")),
     "CAPTURE image-level": ("both, fused; one vector a picture", _by_capture("both", "projections")),
-    "CAPTURE instance-level": ("both, fused; every proposal asks", _by_capture("both", "image", instances=True)),
+    "CAPTURE instance-level": ("both, fused; every proposal asks", _by_capture("both", "projections", instances=True)),
 }
 
 # %% ../nbs/00a_tour.ipynb #6497aaaf
@@ -215,7 +215,7 @@ SYSTEMS: dict[str, tuple[str, Callable]] = {
     **CAPTURE_SYSTEMS,
 }
 
-# %% ../nbs/00a_tour.ipynb #c9edb099
+# %% ../nbs/00a_tour.ipynb #6780d537
 def systems_for(catalog: Catalog) -> tuple[list[str], list[str]]:
     "The systems that this catalogue can feed, and a note about each that it cannot."
     names, notes = list(SYSTEMS), []
@@ -230,7 +230,7 @@ def systems_for(catalog: Catalog) -> tuple[list[str], list[str]]:
         notes.append(f"No CAPTURE: {reason}.")
     return names, notes
 
-
+# %% ../nbs/00a_tour.ipynb #96e80201
 def _no_capture(catalog: Catalog, names: list[str]) -> str:
     "Why CAPTURE cannot run on this catalogue, or ''."
     if "bag of words" not in names or not any(catalog.train.titles):
@@ -339,25 +339,31 @@ def metrics_json(job: Job, catalog: Catalog, results: list[Result]) -> dict:
         rows.append({"name": result.name, **values, "seconds": round(result.seconds, 2), **intervals})
     return {"data": catalog.name, "seed": job.seed, "rows": rows}
 
-# %% ../nbs/00a_tour.ipynb #106fe510
+# %% ../nbs/00a_tour.ipynb #0c28c8fe
 def proposal_sheet(job: Job, catalog: Catalog, result: Result, folder: Path) -> list[Example]:
     "The best example of `pick_examples` with its boxes, then one line for each proposal."
     from product_retrieval.capture.detector import with_boxes
-    from product_retrieval.capture.instances import instance_vectors
-    from product_retrieval.capture.pretrain import item_vectors
     from product_retrieval.data.pictures import read_image
-    from product_retrieval.evaluation import rank
 
     query = pick_examples(result.evaluation)["What it finds"][0]
-    queries, gallery = catalog.split("query"), catalog.split("gallery")
-    trained, regions = _capture_variant(job, catalog, folder, "both")
-    asked = instance_vectors(trained.model, [trained.batches(queries, regions).of([query])], "image")
-    found = rank(asked.vectors, item_vectors(trained.model, trained.batches(gallery, regions), "image"), 7)
+    queries = catalog.split("query")
+    asked, found = _ask_by_proposals(catalog, query, *_capture_variant(job, catalog, folder, "both"))
     picture = read_image(queries.paths[query])
     with_boxes(picture, asked.boxes).save(folder / "boxes.png")
     first = replace(_example(result, catalog, query), query=Tile(folder / "boxes.png", queries.titles[query]))
     return [first] + [_proposal(catalog, query, picture, box, rows, folder / f"box-{n}.png", n)
                       for n, (box, rows) in enumerate(zip(asked.boxes, found, strict=True), 1)]
+
+# %% ../nbs/00a_tour.ipynb #feb9cd70
+def _ask_by_proposals(catalog: Catalog, query: int, trained: Any, regions: Any) -> tuple[Any, np.ndarray]:
+    "The proposals of one query, and the seven nearest gallery rows of each."
+    from product_retrieval.capture.instances import instance_vectors
+    from product_retrieval.capture.pretrain import item_vectors
+    from product_retrieval.evaluation import rank
+
+    queries, gallery = (trained.batches(catalog.split(name), regions) for name in ("query", "gallery"))
+    asked = instance_vectors(trained.model, [queries.of([query])], "projections")
+    return asked, rank(asked.vectors, item_vectors(trained.model, gallery, "projections"), 7)
 
 # %% ../nbs/00a_tour.ipynb #3eba5549
 def _proposal(catalog: Catalog, query: int, picture: Any, box: np.ndarray, rows: np.ndarray, file: Path, number: int) -> Example:

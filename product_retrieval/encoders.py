@@ -692,7 +692,7 @@ def _fill_clip(encoder: OpenClipEncoder, tensors: dict, source: str) -> OpenClip
     own = encoder.state_dict()
     return fill(encoder, {key: value for key, value in tensors.items() if key in own or "position_ids" not in key}, source)
 
-# %% ../nbs/04a_encoders.ipynb #facb08db
+# %% ../nbs/04a_encoders.ipynb #0603b64d
 def _write_folder(encoder: Any, folder: Path, card: str) -> Path:
     "The folder in the Hub's layout."
     from safetensors.torch import save_file
@@ -709,7 +709,7 @@ def _write_folder(encoder: Any, folder: Path, card: str) -> Path:
         encoder.write_files(new)
     return folder
 
-
+# %% ../nbs/04a_encoders.ipynb #cf365875
 def check_model_folder(folder: str | Path) -> None:
     "Raise `InputError` when a model cannot be written to `folder` because other files are there."
     folder = Path(folder)

@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from product_retrieval.capture.captions import SPECIAL, TitleTokens, learn_pieces, split_words
 from product_retrieval.core import InputError
 
-CAPTIONS = ["Rose body mist 150ml", "mist Rose with box", "lip tint #12 Rose", "crème de nuit 50ml", "口红 12g", "body lotion 150ml"] * 3
+CAPTIONS = ["Rose body mist 150ml", "mist Rose with box", "lip tint #12 Rose", "crème de nuit 50ml", "口红 12g"]
+CAPTIONS += ["body lotion 150ml"]
+CAPTIONS *= 3
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +26,8 @@ def test_same_vocabulary_in_every_process():
     "Hash seeds differ between processes; the vocabulary must not."
     code = "import json, sys; from product_retrieval.capture.captions import TitleTokens; "
     code += "print(json.dumps(TitleTokens.train(json.load(sys.stdin), 90).vocabulary, sort_keys=True))"
-    run = lambda: subprocess.run([sys.executable, "-c", code], input=json.dumps(CAPTIONS), capture_output=True, text=True, check=True)
+    command, texts = [sys.executable, "-c", code], json.dumps(CAPTIONS)
+    run = lambda: subprocess.run(command, input=texts, capture_output=True, text=True, check=True)
     assert run().stdout == run().stdout
 
 
@@ -86,7 +89,8 @@ def test_any_text_works(text, length):
     numbers, mask = tokens.encode([text], length)
     used = int(mask.sum())
     assert 2 <= used <= length and mask[0, :used].all()
-    assert numbers[0, 0] == tokens.start and numbers[0, used - 1] == tokens.end and 0 <= numbers.min() and numbers.max() < len(tokens)
+    assert numbers[0, 0] == tokens.start and numbers[0, used - 1] == tokens.end
+    assert numbers.min() >= 0 and numbers.max() < len(tokens)
 
 
 def _shared(cache=[]):  # noqa: B006 - one tokenizer for all examples

@@ -116,7 +116,7 @@ def test_vectors_have_length_one_for_every_use(tiny_shelf, regions, tmp_path):
     for use in USES:
         vectors = item_vectors(trained.model, trained.batches(tiny_shelf.split("gallery"), regions), use)
         assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5), use
-    with pytest.raises(InputError, match="did you mean|fused"):
+    with pytest.raises(InputError, match=r"did you mean|fused"):
         vectors_from(None, "fusd")
 
 
@@ -134,7 +134,7 @@ def test_no_training_items(tiny_shelf, regions, tmp_path):
 
 
 def test_an_unknown_setting_of_the_model(tiny_shelf, regions, tmp_path):
-    with pytest.raises(InputError, match="strams.*streams"):
+    with pytest.raises(InputError, match=r"strams.*streams"):
         pretrain_capture(tiny_shelf, regions, short(model={"strams": "dual"}), tmp_path / "run")
 
 

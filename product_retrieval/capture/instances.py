@@ -125,15 +125,15 @@ def rank_instances(
     rows, scores = rank(instances.vectors, gallery, k=min(k, len(gallery)), with_scores=True)
     return merge_lists(rows, scores, instances.owner, queries, rule, k)
 
-# %% ../../nbs/09b_instances.ipynb #16f0789e
+# %% ../../nbs/09b_instances.ipynb #44d18f43
 def rank_catalog(
     trained: Pretrained,
     catalog: Any,
     regions: Regions,  # of the catalogue's queries and gallery
-    use: str = "image",  # one of USES
+    use: str = "projections",  # one of USES
     *,
     instances: bool = True,  # False: one vector a picture
-    rule: str = "share",  # one of RULES
+    rule: str = "score",  # one of RULES
     k: int = 100,
 ) -> np.ndarray:  # int64 [queries, k]: gallery rows, best first
     "Rank the gallery split for every item of the query split."

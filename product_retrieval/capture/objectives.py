@@ -218,11 +218,11 @@ def shared_words(
     lighter = torch.minimum((here @ weights)[:, None], there @ weights)
     return (here * weights) @ there.T / lighter.clamp(min=1e-6)
 
-# %% ../../nbs/08b_objectives.ipynb #92d78c7f
+# %% ../../nbs/08b_objectives.ipynb #aa7ae262
 def _presence(tokens: torch.Tensor, counts: torch.Tensor, used: torch.Tensor) -> torch.Tensor:
     "1 where a caption has a token of the sorted list `used`: float [batch, used]."
     found = torch.zeros(len(tokens), len(used) + 1, device=tokens.device)
-    column = torch.searchsorted(used, tokens).clamp(max=len(used) - 1)
+    column = torch.searchsorted(used, tokens.contiguous()).clamp(max=len(used) - 1)
     column = torch.where(counts & (used[column] == tokens), column, len(used))
     return found.scatter_(1, column, 1.0)[:, :-1]
 

@@ -30,7 +30,7 @@ from ..training import load_recipe
 # %% auto #0
 __all__ = ['SystemConfig', 'CaptureSystem', 'search_instances', 'build_capture', 'as_system', 'proposer_of']
 
-# %% ../../nbs/09c_system.ipynb #a549d490
+# %% ../../nbs/09c_system.ipynb #7a471c01
 @dataclass
 class SystemConfig:
     "How the parts of a CAPTURE system work together."
@@ -38,8 +38,8 @@ class SystemConfig:
     length: int = 36  # tokens a caption
     regions: int = 10  # proposals a picture
     scale: float = 1.0  # factor on the region features
-    use: str = "image"  # which outputs become vectors: one of `pretrain.USES`
-    rule: str = "share"  # how the lists of a picture's proposals become one: one of `instances.RULES`
+    use: str = "projections"  # which outputs become vectors: one of `pretrain.USES`
+    rule: str = "score"  # how the lists of a picture's proposals become one: one of `instances.RULES`
     name: str = "capture"
 
 # %% ../../nbs/09c_system.ipynb #59a577bc
