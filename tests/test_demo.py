@@ -37,7 +37,8 @@ def rows(folder: Path) -> list[dict]:
 def test_metrics_json(out):
     content = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
     assert content["seed"] == 0 and content["data"].startswith("shelf")
-    assert [r["name"] for r in content["rows"]] == ["chance", "colour histogram", "bag of words", "image model"]
+    first = ["chance", "colour histogram", "bag of words", "image model", "text only", "image only", "dual encoder"]
+    assert [r["name"] for r in content["rows"]] == [*first, "CAPTURE image-level", "CAPTURE instance-level"]
     for row in content["rows"]:
         for metric in ("MAR@10", "mAP@10"):
             low, high = row[f"{metric} interval"]
