@@ -239,3 +239,12 @@ def test_an_index_of_another_system_is_refused(system, tiny_shelf, tmp_path):
     other = type(system)(system.detector, system.encoder, system.words, system.model, SystemConfig(use="text"))
     with pytest.raises(InputError):
         search_instances(other, index, [tiny_shelf.split("query").paths[0]])
+
+
+@pytest.mark.parametrize("streams", ["both", "text", "image"])
+def test_the_dimension_counts_the_streams_that_are_there(system, tiny_shelf, regions, tmp_path, streams):
+    trained = pretrain_capture(tiny_shelf, regions, short(model={"streams": streams}), tmp_path / "run")
+    gallery = trained.batches(tiny_shelf.split("gallery"), regions)
+    for use in ("projections", "fused", *(["text", "image"] if streams == "both" else [streams])):
+        one = type(system)(system.detector, system.encoder, trained.words, trained.model, SystemConfig(use=use))
+        assert one.dim == item_vectors(trained.model, gallery, use).shape[1], use

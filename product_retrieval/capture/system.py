@@ -68,7 +68,7 @@ class _Stored(HubLayout):
         model = CaptureModel.rebuild(settings.pop("model"), tensors)
         return cls(*parts, model, SystemConfig(**settings))
 
-# %% ../../nbs/09c_system.ipynb #80992113
+# %% ../../nbs/09c_system.ipynb #8a5f9b24
 class CaptureSystem(nn.Module, _Stored):
     "From pictures and titles to vectors: a detector, a picture encoder, a tokenizer and a CAPTURE model in one folder."
 
@@ -87,7 +87,9 @@ class CaptureSystem(nn.Module, _Stored):
 
     @property
     def dim(self) -> int:
-        return self.model.config.projection * (2 if self.config.use in ("projections", "fused") else 1)
+        read = {"text": self.model.text, "image": self.model.visual}
+        streams = [read[self.config.use]] if self.config.use in read else read.values()
+        return self.model.config.projection * sum(stream is not None for stream in streams)
 
     def forward(self, batch: Any) -> torch.Tensor:
         "Vectors of whole items [batch, dim] from their titles and stored regions; see `embed_catalog`."
