@@ -6,43 +6,18 @@ values. Ours and the peer run alternately in one process; medians. `--quick` run
 last lines are bf16 and torch.compile there.
 """
 
-import json
 import math
-import os
-import platform
-import statistics
-import sys
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
+from common import QUICK, ROUNDS, alternate, line
 from torch import nn
 from torch.nn import functional
 
 from product_retrieval.capture.model import CaptureBatch, CaptureModel, by_length, capture_config, count_flops
 
-QUICK = "--quick" in sys.argv
-ROUNDS = 2 if QUICK else 5
-HARDWARE = f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__} with {torch.get_num_threads()} threads"
 TEMPERATURE = 0.07
-
-
-def line(figure: str, value: float, bar: str = "", met: bool = True, **more) -> None:
-    more = {"value": round(value, 4), "bar": bar, "met": bool(met), **more, "hardware": HARDWARE}
-    print(json.dumps({"figure": figure, **more}), flush=True)
-
-
-def alternate(*jobs: Callable, rounds: int = ROUNDS) -> list[float]:
-    "Median seconds of each job after one warm-up; the jobs take turns."
-    times = [[] for _ in jobs]
-    for number in range(rounds + 1):
-        for job, spent in zip(jobs, times, strict=True):
-            start = time.perf_counter()
-            job()
-            if number:
-                spent.append(time.perf_counter() - start)
-    return [statistics.median(spent) for spent in times]
 
 
 def random_batch(config, items: int, lengths=None, rows=None, device="cpu") -> tuple[CaptureBatch, dict]:
@@ -218,13 +193,12 @@ def bench_cpu() -> None:
     fast, faster = step(model, lambda: ours(model, batch, targets)), step(model, lambda: ours(model, batch, targets, bf16))
     asked = int((targets["words"] >= 0).sum()) / items
     work = 3 * count_flops(config, asked=round(asked)) / 1e9
-    slow, fp32, low = alternate(plain, fast, faster)
+    slow, fp32, low = alternate(plain, fast, faster, rounds=min(3, ROUNDS))  # a plain step takes half a minute
     what = f"training step of {'small' if QUICK else 'released'}, batch {items}, {config.tokens} tokens, {config.regions} regions"
-    more = {"seconds ours": round(fp32, 3), "seconds plain": round(slow, 3), "GFLOP a sample": round(work, 2)}
-    more["share of matmul peak"] = round(work * items / fp32 / matmul_peak(torch.float32), 3)
-    line(f"{what}, fp32: plain fp32 / ours", slow / fp32, ">= 1.3x", slow / fp32 >= 1.3, **more)
-    more |= {"seconds ours": round(low, 3), "share of matmul peak": round(work * items / low / matmul_peak(torch.bfloat16), 3)}
-    line(f"{what}, bf16: plain fp32 / ours", slow / low, ">= 3x", slow / low >= 3, **more)
+    more = {"GFLOP a sample": round(work, 2)}
+    for name, seconds, dtype, bar in (("fp32", fp32, torch.float32, 1.3), ("bf16", low, torch.bfloat16, 3.0)):
+        more["share of matmul peak"] = round(work * items / seconds / matmul_peak(dtype), 3)
+        line(f"{what}, {name}, seconds; peer: plain fp32", seconds, slow, f">= {bar}x", slow / seconds >= bar, **more)
 
 
 def bench_lengths() -> None:
@@ -248,8 +222,8 @@ def bench_lengths() -> None:
     needed = count_flops(config, round(float(words[rows].float().mean())), round(float(places[rows].float().mean())))
     more = {"tokens": f"6 to {config.tokens}", "regions": f"2 to {config.regions}"}
     more["work without padding"] = round(needed / count_flops(config), 3)
-    figure = "variable lengths: time by length and trimmed, as a share of padded to the limits"
-    line(figure, fast / slow, "< 0.85", fast / slow < 0.85, **more)
+    line("variable lengths, batches by length and trimmed, seconds; peer: padded to the limits", fast, slow, "< 0.85 of the peer",
+         fast / slow < 0.85, **more)
 
 
 def bench_cuda() -> None:
@@ -283,7 +257,7 @@ def bench_cuda() -> None:
     memory = torch.cuda.max_memory_allocated() / 1e9
     more = {"samples a second": round(items / seconds, 1), "memory GB": round(memory, 2), "GPU": torch.cuda.get_device_name()}
     figure = f"training step of released, batch {items}, bf16 and compile: share of matmul peak"
-    line(figure, share, ">= 0.4", share >= 0.4, **more)
+    line(figure, share, None, ">= 0.4", share >= 0.4, **more)
 
 
 if __name__ == "__main__":

@@ -3,42 +3,16 @@
 Prints one JSON line a figure. Ours and the peer run alternately in one process; medians. `--quick` runs tiny.
 """
 
-import json
-import os
-import platform
-import statistics
 import sys
 import tempfile
 import threading
-import time
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from common import QUICK, ROUNDS, alternate, line
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-QUICK = "--quick" in sys.argv
-ROUNDS = 1 if QUICK else 5
-HARDWARE = f"{platform.machine()}, {os.cpu_count()} cores"
-
-
-def alternate(*jobs: Callable, rounds: int = ROUNDS) -> list[float]:
-    "Median seconds of each job; the jobs take turns."
-    times = [[] for _ in jobs]
-    for _ in range(rounds):
-        for job, spent in zip(jobs, times, strict=True):
-            start = time.perf_counter()
-            job()
-            spent.append(time.perf_counter() - start)
-    return [statistics.median(spent) for spent in times]
-
-
-def line(figure: str, ours: float, peer: float | None, bar: str, met: bool, **more) -> None:
-    ratio = round(peer / ours, 3) if peer else None
-    peer = round(peer, 4) if peer else None
-    more = {"ours": round(ours, 4), "peer": peer, "ratio": ratio, "bar": bar, "met": bool(met), **more}
-    print(json.dumps({"figure": figure, **more, "hardware": HARDWARE}), flush=True)
 
 
 def product1m_files(folder: Path, queries: int, gallery: int, categories: int) -> tuple[dict, dict, list]:

@@ -6,40 +6,14 @@ the peak that Linux saw, in a process of its own, beyond what was held before. `
 
 import json
 import os
-import platform
-import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from common import QUICK, alternate, line
 from torch.nn import functional
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-QUICK = "--quick" in sys.argv
-ROUNDS = 1 if QUICK else 5
-HARDWARE = f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, {torch.get_num_threads()} threads"
-
-
-def alternate(*jobs: Callable, rounds: int = ROUNDS) -> list[float]:
-    "Median seconds of each job; the jobs take turns, after one round that warms up."
-    times = [[] for _ in jobs]
-    for turn in range(rounds + 1):
-        for job, spent in zip(jobs, times, strict=True):
-            start = time.perf_counter()
-            job()
-            if turn:
-                spent.append(time.perf_counter() - start)
-    return [statistics.median(spent) for spent in times]
-
-
-def line(figure: str, ours: float, peer: float | None, bar: str, met: bool, **more) -> None:
-    ratio = round(peer / ours, 3) if peer else None
-    peer = round(peer, 4) if peer else None
-    more = {"ours": round(ours, 4), "peer": peer, "ratio": ratio, "bar": bar, "met": bool(met), **more}
-    print(json.dumps({"figure": figure, **more, "hardware": HARDWARE}), flush=True)
 
 
 def capture_batch(config, count: int):

@@ -3,40 +3,14 @@
 Prints one JSON line a figure. Ours and the peer run alternately in one process; medians. `--quick` runs tiny.
 """
 
-import json
-import os
-import platform
-import statistics
-import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
+from common import QUICK, ROUNDS, alternate, line
 
-QUICK = "--quick" in sys.argv
-ROUNDS = 1 if QUICK else 7
-HARDWARE = f"{platform.machine()}, {os.cpu_count()} cores"
-
-
-def alternate(*jobs: Callable, rounds: int = ROUNDS) -> list[float]:
-    "Median seconds of each job; the jobs take turns."
-    times = [[] for _ in jobs]
-    for _ in range(rounds):
-        for job, spent in zip(jobs, times, strict=True):
-            start = time.perf_counter()
-            job()
-            spent.append(time.perf_counter() - start)
-    return [statistics.median(spent) for spent in times]
-
-
-def line(figure: str, ours: float, peer: float | None, bar: str, met: bool, **more) -> None:
-    ratio = round(peer / ours, 3) if peer else None
-    peer = round(peer, 5) if peer else None
-    more = {"ours": round(ours, 5), "peer": peer, "ratio": ratio, "bar": bar, "met": bool(met), **more}
-    print(json.dumps({"figure": figure, **more, "hardware": HARDWARE}), flush=True)
 
 
 def stored(folder: Path, items: int, regions: int, dim: int):
@@ -112,10 +86,43 @@ def bench_detector(folder: Path) -> None:
         line(f"extracting regions, {name}, pictures a second", rate, None, "reported", True, pictures=len(part))
 
 
+def bench_full_size(folder: Path) -> None:
+    "Product1M's set-up with random weights, on which speed does not depend: steps of the detector, then extraction."
+    from dataclasses import replace
+
+    from product_retrieval.capture.detector import Detector, DetectorRecipe, cut_products, pasted_pictures
+    from product_retrieval.capture.regions import DetectorProposals, GridProposals, extract_regions
+    from product_retrieval.core import recipe_path
+    from product_retrieval.data.shelf import load_shelf
+    from product_retrieval.encoders import load_encoder
+    from product_retrieval.training import load_recipe
+
+    shelf = load_shelf("tiny")
+    recipe = load_recipe(recipe_path("product1m-detector"), DetectorRecipe)
+    recipe = replace(recipe, detector=replace(recipe.detector, weights="random"), cut_outs=40, pictures=16, batch_size=4)
+    detector = Detector(recipe.detector).train()
+    batches, _ = pasted_pictures(cut_products(shelf, 40, 200), recipe)
+    start = time.perf_counter()
+    for batch in list(batches)[: 1 if QUICK else 4]:
+        sum(detector(batch).values()).backward()
+    seconds = (time.perf_counter() - start) / (4 if QUICK else 16)
+    line("training Product1M's detector, seconds a picture", seconds, None, "reported", True)
+    part = shelf.split("train").select(range(4 if QUICK else 24))
+    encoder = load_encoder("resnet50", "random")
+    jobs = {"36 regions": (DetectorProposals(detector.eval(), 0.0, 1.0), 36), "whole picture": (GridProposals(), 0)}
+    for name, (proposer, limit) in jobs.items():
+        start = time.perf_counter()
+        found = extract_regions(part, proposer, encoder, folder / name, limit)
+        rate = len(part) / (time.perf_counter() - start)
+        regions = float(found.mask[:, 1:].sum(1).mean()) if limit else 0.0
+        line(f"extracting with Product1M's parts, {name}, pictures a second", rate, bar="reported", regions=round(regions, 1))
+
+
 def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         bench_reading(Path(name))
         bench_detector(Path(name))
+        bench_full_size(Path(name))
 
 
 if __name__ == "__main__":

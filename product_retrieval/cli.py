@@ -209,11 +209,11 @@ def train_detector(data: Data, out: Out, recipe: Recipe = "shelf-detector", weig
     train(open_catalog(data), recipe_path(recipe), out, weights=weights or None)
     typer.echo(f"model saved to {out / 'model'}")
 
-# %% ../nbs/A_command_line.ipynb #baa8b112
+# %% ../nbs/A_command_line.ipynb #6e396aa7
 @train_app.command("capture")
 def train_capture(
     data: Data, out: Out, recipe: Recipe = "shelf-capture",
-    detector: _option(str, "A detector's folder; empty: train the recipe's.") = "",
+    detector: _option(str, "A detector's folder, or grid: quarters; empty: train the recipe's.") = "",
     encoder: _option(str, "A picture encoder by name or folder; empty: train the recipe's.") = "",
 ) -> None:
     "Pretrain CAPTURE on pictures and titles, with the parts it needs. The same command resumes a stopped run."

@@ -18,10 +18,10 @@ from torch.nn import functional
 from .core import InputError, atomic_folder, cache_dir, did_you_mean, human_size, read_json, write_json
 
 # %% auto #0
-__all__ = ['MODEL_FILES', 'unit', 'HubLayout', 'rgb_to_hsv', 'rgb_to_lab', 'count_colors', 'ColorHistogram', 'RawPixels', 'words',
-           'weigh_words', 'title_vectors', 'TitleWords', 'EncoderConfig', 'GeM', 'ImageEncoder', 'encode_pixels',
-           'read_weights', 'fill', 'weights_convention', 'image_encoder', 'vectors_of', 'OpenClipConfig',
-           'OpenClipEncoder', 'encode_titles', 'open_clip_encoder', 'check_model_folder', 'model_card', 'load_encoder']
+__all__ = ['unit', 'HubLayout', 'rgb_to_hsv', 'rgb_to_lab', 'count_colors', 'ColorHistogram', 'RawPixels', 'words', 'weigh_words',
+           'title_vectors', 'TitleWords', 'EncoderConfig', 'GeM', 'ImageEncoder', 'encode_pixels', 'read_weights',
+           'fill', 'weights_convention', 'image_encoder', 'vectors_of', 'OpenClipConfig', 'OpenClipEncoder',
+           'encode_titles', 'open_clip_encoder', 'check_model_folder', 'model_card', 'load_encoder']
 
 # %% ../nbs/04a_encoders.ipynb #29dd137d
 def unit(
@@ -30,11 +30,9 @@ def unit(
     "Scale each row to length 1, so that a dot product is a cosine."
     return functional.normalize(vectors.float(), dim=-1)
 
-# %% ../nbs/04a_encoders.ipynb #1f66dc5a
+# %% ../nbs/04a_encoders.ipynb #136201d9
 class HubLayout:
     "An encoder that is saved, loaded and published as a folder in the layout of the Hugging Face Hub."
-    more_files: tuple[str, ...] = ()  # names of further files, for instance a tokenizer
-
     def save_pretrained(self, folder: str | Path, card: str = "") -> Path:
         "Write config, preprocessing, weights and model card in one atomic step; `card` is text for the model card."
         return _write_folder(self, Path(folder), card)
@@ -49,7 +47,7 @@ class HubLayout:
         return _publish(self, repository, private, card, token)
 
     def write_files(self, folder: Path) -> None:
-        "A hook for kinds with `more_files`: write them into the new folder."
+        "A hook for kinds with more files, for instance a tokenizer: write them into the new folder."
 
     @classmethod
     def read_files(cls, folder: Path) -> dict:
@@ -692,7 +690,7 @@ def _fill_clip(encoder: OpenClipEncoder, tensors: dict, source: str) -> OpenClip
     own = encoder.state_dict()
     return fill(encoder, {key: value for key, value in tensors.items() if key in own or "position_ids" not in key}, source)
 
-# %% ../nbs/04a_encoders.ipynb #0603b64d
+# %% ../nbs/04a_encoders.ipynb #f0889b07
 def _write_folder(encoder: Any, folder: Path, card: str) -> Path:
     "The folder in the Hub's layout."
     from safetensors.torch import save_file
@@ -700,13 +698,15 @@ def _write_folder(encoder: Any, folder: Path, card: str) -> Path:
     check_model_folder(folder)
     settings, tensors = encoder.settings(), encoder.tensors()
     with atomic_folder(folder, replace=True) as new:
+        encoder.write_files(new)
+        more = sorted(file.relative_to(new).as_posix() for file in new.rglob("*") if file.is_file())
+        about = {"encoder": type(encoder).__name__, "format": 1, **({"files": more} if more else {})}
         preprocessing = {key: settings.pop(key) for key in _PREPROCESSING if key in settings}
-        write_json(new / "config.json", {"encoder": type(encoder).__name__, "format": 1, **settings})
+        write_json(new / "config.json", {**about, **settings})
         write_json(new / "preprocessor_config.json", preprocessing)
         if tensors:
             save_file(tensors, new / "model.safetensors", metadata={"format": "pt"})
         (new / "README.md").write_text(model_card(encoder, card), encoding="utf-8")
-        encoder.write_files(new)
     return folder
 
 # %% ../nbs/04a_encoders.ipynb #cf365875
@@ -760,7 +760,7 @@ def _kind_of(name: Any, source: Path) -> type:
         raise InputError(f"{source}: no encoder of ours; expected \"encoder\": one of {', '.join(known)}")
     return _KINDS[name] if name in _KINDS else registered[name].load()
 
-# %% ../nbs/04a_encoders.ipynb #e7305291
+# %% ../nbs/04a_encoders.ipynb #3701ca7d
 def _read_folder(folder: Path, cls: type) -> Any:
     "An encoder from a folder; `cls` is what the caller expects."
     source = folder / "config.json"
@@ -770,6 +770,7 @@ def _read_folder(folder: Path, cls: type) -> Any:
         raise InputError(f"{folder}: holds a {kind.__name__}, not a {cls.__name__}; use load_encoder")
     if settings.pop("format", 1) != 1:
         raise InputError(f"{source}: written by a newer version; upgrade product_retrieval")
+    settings.pop("files", None)
     tensors = read_weights(folder / "model.safetensors") if issubclass(kind, nn.Module) else {}
     return _rebuilt(kind, {**settings, **kind.read_files(folder)}, tensors, source)
 
@@ -783,10 +784,7 @@ def _rebuilt(kind: type, settings: dict, tensors: dict, source: Path) -> Any:
     except (TypeError, ValueError, AttributeError, KeyError, RuntimeError) as error:
         raise InputError(f"{source}: no {kind.__name__} can be made of these settings ({error}); save it again") from error
 
-# %% ../nbs/04a_encoders.ipynb #5f76548a
-MODEL_FILES = ("config.json", "preprocessor_config.json", "model.safetensors", "README.md")
-
-# %% ../nbs/04a_encoders.ipynb #34882bcb
+# %% ../nbs/04a_encoders.ipynb #5d694b74
 def _find_folder(name: str, revision: str | None) -> Path:
     "A local folder, or a snapshot of a repository of the Hub."
     if Path(name).is_dir():
@@ -795,12 +793,21 @@ def _find_folder(name: str, revision: str | None) -> Path:
         raise InputError(f"{name}: no such folder; expected a saved encoder or owner/name on the Hugging Face Hub")
     advice = f"keep the folder of {name} there, then load it by its path"
     first = _hub_file(name, "config.json", advice, revision)
-    kind = _kind_of(read_json(first, dict).get("encoder"), first)
-    for file in ("preprocessor_config.json", *(["model.safetensors"] if issubclass(kind, nn.Module) else []), *kind.more_files):
+    about = read_json(first, dict)
+    weights = ["model.safetensors"] if issubclass(_kind_of(about.get("encoder"), first), nn.Module) else []
+    for file in ("preprocessor_config.json", *weights, *_more_files(about, first)):
         _hub_file(name, file, advice, revision)
     return first.parent
 
-# %% ../nbs/04a_encoders.ipynb #b05c6ce9
+# %% ../nbs/04a_encoders.ipynb #9c4ef160
+def _more_files(about: dict, source: Path) -> list[str]:
+    "The further files that a config.json names; each lies inside the model's folder."
+    found = about.get("files", [])
+    if not isinstance(found, list) or not all(isinstance(f, str) and f and {"..", "/"}.isdisjoint(Path(f).parts) for f in found):
+        raise InputError(f"{source}: files = {found!r}; expected names of files inside the folder")
+    return found
+
+# %% ../nbs/04a_encoders.ipynb #c4b42b54
 def _publish(encoder: Any, repository: str, private: bool, card: str, token: str | None) -> str:
     "Upload the folder; nothing is uploaded before it is complete."
     import tempfile
@@ -811,7 +818,7 @@ def _publish(encoder: Any, repository: str, private: bool, card: str, token: str
         folder = encoder.save_pretrained(Path(scratch) / "model", card)
         api = HfApi(token=token)
         address = api.create_repo(repository, private=private, exist_ok=True)
-        api.upload_folder(repo_id=repository, folder_path=folder, allow_patterns=[*MODEL_FILES, *encoder.more_files])
+        api.upload_folder(repo_id=repository, folder_path=folder)
     return str(address)
 
 # %% ../nbs/04a_encoders.ipynb #f0617536

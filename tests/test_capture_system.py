@@ -10,7 +10,9 @@ import torch
 from PIL import Image
 
 from product_retrieval.capture.captions import TitleTokens
+from product_retrieval.capture.detector import DetectorRecipe
 from product_retrieval.capture.instances import RULES, as_items, instance_vectors, merge_lists, rank_catalog, rank_instances
+from product_retrieval.capture.model import CaptureModel, capture_config
 from product_retrieval.capture.pretrain import (
     USES,
     CaptureBatches,
@@ -48,6 +50,16 @@ def short(**changes):
 def test_recipes_are_read_and_name_others(name):
     recipe = load_recipe(recipe_path(name), CaptureRecipe)
     assert recipe_path(recipe.detector).exists() and recipe_path(recipe.encoder).exists()
+
+
+@pytest.mark.parametrize("name", ["product1m-capture", "product1m-ums"])
+def test_full_size_recipes_describe_models_that_can_be_built(name):
+    recipe = load_recipe(recipe_path(name), CaptureRecipe)
+    assert recipe.detector == "grid" or load_recipe(recipe_path(recipe.detector), DetectorRecipe).detector.backbone == "resnet50"
+    with torch.device("meta"):
+        sizes = {"tokens": recipe.length, "regions": recipe.regions + 1, "region_dim": 2048}
+        model = CaptureModel(capture_config(recipe.preset, **sizes, **recipe.model))
+    assert sum(p.numel() for p in model.parameters()) > 50e6
 
 
 def test_batches_come_in_an_order_of_seed_and_epoch(tiny_shelf, regions):
@@ -248,3 +260,21 @@ def test_the_dimension_counts_the_streams_that_are_there(system, tiny_shelf, reg
     for use in ("projections", "fused", *(["text", "image"] if streams == "both" else [streams])):
         one = type(system)(system.detector, system.encoder, trained.words, trained.model, SystemConfig(use=use))
         assert one.dim == item_vectors(trained.model, gallery, use).shape[1], use
+
+
+def test_the_late_form_needs_no_detector(tiny_shelf, system, tmp_path):
+    recipe = short(detector="grid", regions=0, model={"streams": "late"})
+    late = build_capture(tiny_shelf, recipe, tmp_path / "run", encoder=system.save_pretrained(tmp_path / "parts") / "encoder")
+    again = load_encoder(tmp_path / "run" / "model")
+    assert late.detector is None and again.detector is None and not (tmp_path / "run" / "detector").exists()
+    gallery = tiny_shelf.split("gallery")
+    first, second = (one.embed_catalog(gallery, tmp_path / name) for name, one in (("a", late), ("b", again)))
+    assert np.array_equal(first.vectors, second.vectors)
+    photos = tiny_shelf.split("query").paths[:2]
+    assert late.instances(photos, ["a", "b"]).owner.tolist() == [0, 1]  # each picture asks as a whole
+
+
+def test_a_grid_in_place_of_a_detector(tiny_shelf, system, tmp_path):
+    folder = system.save_pretrained(tmp_path / "parts")
+    quarters = build_capture(tiny_shelf, short(), tmp_path / "run", detector="grid", encoder=folder / "encoder")
+    assert np.bincount(quarters.instances(tiny_shelf.split("query").paths[:2]).owner).tolist() == [4, 4]

@@ -257,7 +257,7 @@ def test_a_saved_encoder_is_replaced_whole(tmp_path):
 class Elsewhere(HubLayout):
     "An encoder of another package, with a file of its own."
 
-    name, dim, size, more_files = "elsewhere", 1, 0, ("tokenizer.json",)
+    name, dim, size = "elsewhere", 1, 0
 
     def __init__(self, word):
         self.word = word
@@ -352,13 +352,25 @@ def test_publishing_uploads_the_whole_folder(monkeypatch):
             seen.update(repository=repository, private=private)
             return f"https://huggingface.co/{repository}"
 
-        def upload_folder(self, repo_id, folder_path, allow_patterns):
+        def upload_folder(self, repo_id, folder_path):
             seen["files"] = sorted(path.name for path in folder_path.iterdir())
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
     address = ImageEncoder(EncoderConfig("resnet10t", size=32)).push_to_hub("me/mine", token="secret")
     assert address == "https://huggingface.co/me/mine" and seen["private"] is True and seen["token"] == "secret"
     assert seen["files"] == ["README.md", "config.json", "model.safetensors", "preprocessor_config.json"]
+
+
+@pytest.mark.parametrize("files", ["tokenizer.json", [1], ["../secret"], ["/etc/passwd"], [""]])
+def test_a_model_names_no_files_outside_its_folder(tmp_path, monkeypatch, files):
+    from product_retrieval import encoders
+
+    folder = RawPixels().save_pretrained(tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "files": files}))
+    monkeypatch.setattr(encoders, "_hub_file", lambda name, file, advice, revision=None: folder / file)
+    with pytest.raises(InputError, match="inside the folder"):
+        HubLayout.from_pretrained("someone/model")
 
 
 # ---- open_clip ---------------------------------------------------------------------------------------------------

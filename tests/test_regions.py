@@ -552,6 +552,7 @@ def test_features_of_the_release(tmp_path, form):
 def test_pickled_records_are_refused(tmp_path):
     import pickle
 
+    pytest.importorskip("msgpack")
     path = write_lmdb(tmp_path / "f.lmdb", release(), pickle.dumps)
     with pytest.raises(InputError, match="only msgpack records are read, a pickled one could run code"):
         list(r.ReleaseFeatures(path).records())

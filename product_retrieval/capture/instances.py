@@ -31,17 +31,18 @@ class Instances:
     def __len__(self) -> int:
         return len(self.owner)
 
-# %% ../../nbs/09b_instances.ipynb #1096416a
+# %% ../../nbs/09b_instances.ipynb #142f4d72
 def as_items(
     batch: CaptureBatch,
 ) -> tuple[CaptureBatch, torch.Tensor]:  # one item per proposal, and the box of each [instances, 4]
-    "Every proposal as a picture of its own, with the whole caption: it takes the place of the whole picture, too."
+    "Every proposal as a picture of its own, with the whole caption: it is the whole picture and its one region."
     found = batch.region_mask.clone()
     found[:, 0] = ~found[:, 1:].any(1)  # the whole picture speaks only where nothing was found
     owner, place = found.nonzero(as_tuple=True)
-    features = batch.regions[owner, place][:, None].expand(-1, 2, -1)
-    boxes = torch.tensor([0.0, 0.0, 1.0, 1.0, 1.0], device=features.device).expand(len(owner), 2, 5)
-    mask = torch.ones(len(owner), 2, dtype=torch.bool, device=features.device)
+    rows = min(2, batch.regions.shape[1])  # the crop as the whole picture, and as the one region in it
+    features = batch.regions[owner, place][:, None].expand(-1, rows, -1)
+    boxes = torch.tensor([0.0, 0.0, 1.0, 1.0, 1.0], device=features.device).expand(len(owner), rows, 5)
+    mask = torch.stack([place >= 0, place > 0], 1)[:, :rows]  # a whole picture has no region
     words = {"tokens": batch.tokens[owner], "token_mask": batch.token_mask[owner]}
     ids = [batch.item_ids[row] for row in owner.tolist()]
     items = replace(batch, **words, regions=features, boxes=boxes, region_mask=mask, rows=batch.rows[owner], item_ids=ids)

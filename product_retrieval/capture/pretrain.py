@@ -68,7 +68,7 @@ def unit_variance(regions: Regions, rows: np.ndarray) -> float:
     some = regions.features[np.sort(rows)[:: max(1, len(rows) // 1000)], 0].astype(np.float32)
     return float(1 / max(np.sqrt((some**2).mean()), 1e-6))
 
-# %% ../../nbs/09a_pretrain.ipynb #00965434
+# %% ../../nbs/09a_pretrain.ipynb #1156d6b7
 @dataclass
 class CaptureRecipe:
     "How to pretrain CAPTURE: a file of `recipes/`."
@@ -80,7 +80,7 @@ class CaptureRecipe:
     length: int = 36  # tokens a caption, [CLS] and [SEP] included
     regions: int = 10  # regions a picture, the whole picture not counted
     batch_size: int = 64
-    detector: str = "shelf-detector"  # a recipe that trains the detector, or a detector's folder
+    detector: str = "shelf-detector"  # a recipe that trains the detector, a detector's folder, or "grid": quarters instead
     encoder: str = "shelf-first"  # a recipe that trains the picture encoder, or any encoder by folder or name
     use: str = "projections"  # vectors for validation: one of USES
     metric: str = "MAR@10"  # decides on the validation queries
