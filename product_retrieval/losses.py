@@ -288,10 +288,10 @@ def sigmoid_loss(
     a, b, _, all_b, pairs = _sides(a, b, same, mode, gather)
     return _in_blocks(a, all_b, pairs, logit_scale, logit_bias, _sigmoid_block)
 
-# %% ../nbs/08a_losses.ipynb #d1d882cb
+# %% ../nbs/08a_losses.ipynb #0ea53707
 KINDS = ("nt-xent", "info-nce", "sigmoid")
 
-
+# %% ../nbs/08a_losses.ipynb #e38cc5c9
 class Contrastive(nn.Module):
     "A contrastive loss by name, with its temperature; compares with the items of all processes."
 

@@ -18,10 +18,10 @@ from ..core import InputError, atomic_file, read_json
 # %% auto #0
 __all__ = ['SPECIAL', 'split_words', 'count_pairs', 'merge', 'learn_pieces', 'TitleTokens']
 
-# %% ../../nbs/07a_captions.ipynb #21a9271a
+# %% ../../nbs/07a_captions.ipynb #7d26ab59
 def split_words(
     text: str,  # a caption in any language
-) -> list[str]:  # lower case, cut at blanks, punctuation and around each CJK character
+) -> list[str]:  # lower case, cut at blanks, punctuation and around each Chinese, Japanese or Korean character
     "Words by BERT's rule (Devlin et al. 2019)."
     normalizer, cutter = _rules()
     return [word for word, _ in cutter.pre_tokenize_str(normalizer.normalize_str(text))]
@@ -231,7 +231,7 @@ def _load(source: str | Path) -> tuple[Any, str]:
     except Exception as error:
         raise InputError(f"{file}: not a tokenizer of the tokenizers library ({str(error)[:80]}); save it again") from None
 
-# %% ../../nbs/07a_captions.ipynb #312e9c64
+# %% ../../nbs/07a_captions.ipynb #6031a92b
 def _from_list(pieces: list[str], lowercase: bool) -> Any:
     "A BERT's own tokenizer: its vocabulary, its rules."
     from tokenizers import Tokenizer, models
@@ -240,7 +240,7 @@ def _from_list(pieces: list[str], lowercase: bool) -> Any:
     tokenizer.normalizer, tokenizer.pre_tokenizer = _rules(lowercase)
     return tokenizer
 
-
+# %% ../../nbs/07a_captions.ipynb #20e63b14
 def _file(source: str | Path) -> Path:
     "tokenizer.json or vocab.txt."
     path = Path(source)
@@ -253,7 +253,7 @@ def _file(source: str | Path) -> Path:
         raise InputError(f"{source}: holds no tokenizer.json or vocab.txt; name the folder of a tokenizer, or a BERT of the Hub")
     return _hub_tokenizer(str(source))
 
-
+# %% ../../nbs/07a_captions.ipynb #564291cc
 def _hub_tokenizer(name: str) -> Path:
     "tokenizer.json of a model of the Hugging Face Hub, from its cache or downloaded (less than 1 MB)."
     import huggingface_hub as hub

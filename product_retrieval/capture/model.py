@@ -104,7 +104,7 @@ class _Checked:
     def __post_init__(self) -> None:
         _check_config(self)
 
-# %% ../../nbs/07b_capture_model.ipynb #a4022ae0
+# %% ../../nbs/07b_capture_model.ipynb #b1182aa9
 @dataclass
 class CaptureConfig(_Checked):
     "Everything that describes a `CaptureModel` except its weights; the defaults are the released set-up."
@@ -131,7 +131,7 @@ class CaptureConfig(_Checked):
     regions: int = 37  # most rows per picture, the whole picture included
     projection: int = 512  # length of the projections and of the outputs
     region_target: str = "feature"  # what a masked region predicts: "feature" or "classes"
-    region_classes: int = 1601  # length of a class distribution
+    region_classes: int = 1601  # length of a class distribution: 1,600 classes of the usual detector (Visual Genome), background
     dropout: float = 0.1
     streams: str = "both"  # "both", "no-co", "single", "dual", "late", "text" or "image"
     weights: str = "random"  # where the weights came from
