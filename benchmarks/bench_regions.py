@@ -107,7 +107,7 @@ def bench_full_size(folder: Path) -> None:
         sum(detector(batch).values()).backward()
     seconds = (time.perf_counter() - start) / (4 if QUICK else 16)
     line("training Product1M's detector, seconds a picture", seconds, None, "reported", True)
-    part = shelf.split("train").select(range(4 if QUICK else 24))
+    part = shelf.split("train").select(range(4 if QUICK else 8))
     encoder = load_encoder("resnet50", "random")
     jobs = {"36 regions": (DetectorProposals(detector.eval(), 0.0, 1.0), 36), "whole picture": (GridProposals(), 0)}
     for name, (proposer, limit) in jobs.items():

@@ -18,11 +18,12 @@ from . import __version__
 from .core import InputError
 
 # %% auto #0
-__all__ = ['app', 'catalog_app', 'datasets_app', 'train_app', 'evaluate_app', 'Version', 'Data', 'Out', 'Json', 'Seed', 'Size',
-           'Backbone', 'Weights', 'Recipe', 'ModelName', 'GroundTruth', 'RankingFile', 'JsonFile', 'Lenient', 'Stopped',
-           'demo', 'doctor', 'catalog_check', 'catalog_describe', 'datasets', 'datasets_get', 'shelf', 'train_first',
-           'train_detector', 'train_capture', 'regions', 'embed', 'index', 'search', 'evaluate_product1m',
-           'evaluate_eproduct', 'evaluate_run', 'main']
+__all__ = ['app', 'catalog_app', 'datasets_app', 'train_app', 'evaluate_app', 'submit_app', 'groups', 'Version', 'Data', 'Out',
+           'Json', 'Seed', 'Size', 'Backbone', 'Weights', 'Recipe', 'ModelName', 'GroundTruth', 'RankingFile',
+           'JsonFile', 'Lenient', 'Stopped', 'demo', 'doctor', 'catalog_check', 'catalog_describe', 'datasets',
+           'datasets_get', 'shelf', 'train_first', 'train_detector', 'train_capture', 'train_coarse', 'train_fine',
+           'train_clip', 'train_ensemble', 'regions', 'embed', 'index', 'search', 'ensemble', 'rerank',
+           'submit_eproduct', 'evaluate_product1m', 'evaluate_eproduct', 'evaluate_run', 'main']
 
 # %% ../nbs/A_command_line.ipynb #55df3646
 class Stopped(Exception):
@@ -44,13 +45,15 @@ def _group(text: str, no_args_is_help: bool = True, **more: Any) -> typer.Typer:
     usual = {"cls": _Verbs, "add_completion": False, "pretty_exceptions_enable": False}
     return typer.Typer(help=text, no_args_is_help=no_args_is_help, **usual, **more)
 
-# %% ../nbs/A_command_line.ipynb #73fcecfa
+# %% ../nbs/A_command_line.ipynb #6602a554
 app = _group("Find products in large shops by picture and caption.", context_settings={"help_option_names": ["-h", "--help"]})
 catalog_app = _group("Check and describe a catalogue.")
 datasets_app = _group("The known data sets, by name.", no_args_is_help=False, invoke_without_command=True)
 train_app = _group("Train a model from a recipe.")
 evaluate_app = _group("Score rankings: the papers' protocols, or your own run folders.")
-for name, group in {"catalog": catalog_app, "datasets": datasets_app, "train": train_app, "evaluate": evaluate_app}.items():
+submit_app = _group("Write the files that a challenge asks for.")
+groups = {"catalog": catalog_app, "datasets": datasets_app, "train": train_app, "evaluate": evaluate_app, "submit": submit_app}
+for name, group in groups.items():
     app.add_typer(group, name=name)
 
 # %% ../nbs/A_command_line.ipynb #828d171d
@@ -224,6 +227,58 @@ def train_capture(
     build_capture(open_catalog(data), recipe_path(recipe), out, detector or None, encoder or None)
     typer.echo(f"model saved to {out / 'model'}")
 
+# %% ../nbs/A_command_line.ipynb #4eab6f51
+@train_app.command("coarse")
+def train_coarse(data: Data, out: Out, recipe: Recipe = "shelf-coarse", weights: Weights = "") -> None:
+    "V2L, stage one: an image encoder learns the coarse categories at every level."
+    from product_retrieval.core import recipe_path
+    from product_retrieval.data.catalog import open_catalog
+    from product_retrieval.v2l.coarse import train_coarse as train
+
+    train(open_catalog(data), recipe_path(recipe), out, weights=weights or None)
+    typer.echo(f"model saved to {out / 'model'}")
+
+# %% ../nbs/A_command_line.ipynb #e3d8c86d
+@train_app.command("fine")
+def train_fine(
+    data: Data, out: Out, recipe: Recipe = "shelf-fine",
+    start: _option(str, "The folder of the stage-one model; empty: the recipe's weights.") = "",
+) -> None:
+    "V2L, stage two: an image encoder learns to tell single items apart, without labels."
+    from product_retrieval.core import recipe_path
+    from product_retrieval.data.catalog import open_catalog
+    from product_retrieval.v2l.fine import train_fine as train
+
+    train(open_catalog(data), recipe_path(recipe), out, start=start or None)
+    typer.echo(f"model saved to {out / 'model'}")
+
+# %% ../nbs/A_command_line.ipynb #fcf98c99
+@train_app.command("clip")
+def train_clip(
+    data: Data, out: Out, recipe: Recipe = "shelf-clip",
+    start: _option(str, "A model's folder to go on from; empty: the recipe's backbone.") = "",
+    weights: Weights = "",
+) -> None:
+    "Titles supervise an image encoder; both towers stay in OUT/towers."
+    from product_retrieval.core import recipe_path
+    from product_retrieval.data.catalog import open_catalog
+    from product_retrieval.v2l.clip import train_clip as train
+
+    train(open_catalog(data), recipe_path(recipe), out, start=start or None, weights=weights or None)
+    typer.echo(f"image encoder saved to {out / 'model'}, both towers to {out / 'towers'}")
+
+# %% ../nbs/A_command_line.ipynb #b9a7d29c
+@train_app.command("ensemble")
+def train_ensemble(data: Data, out: Out, recipe: Recipe = "shelf-ensemble") -> None:
+    "Train the members that are missing, embed with each, and join them; a stopped run goes on with the next member."
+    from product_retrieval.core import recipe_path
+    from product_retrieval.data.catalog import open_catalog
+    from product_retrieval.training import load_recipe
+    from product_retrieval.v2l.ensemble import EnsembleRecipe, build_ensemble
+
+    built = build_ensemble(load_recipe(recipe_path(recipe), EnsembleRecipe), open_catalog(data), out, report=typer.echo)
+    typer.echo(f"{built.ensemble.name} saved to {out / 'ensemble'}, its vectors to {out / 'fused'}")
+
 # %% ../nbs/A_command_line.ipynb #f21e7176
 @app.command()
 def regions(
@@ -300,6 +355,53 @@ def search(
     found = search_pictures(index, model, image, k=k, weights=weights or None, titles=title)
     lines = [f"{q}: {n}. {i['item_id']} ({i['score']:.4f})" for q, items in found.items() for n, i in enumerate(items, 1)]
     _write(found) if as_json else typer.echo("\n".join(lines))
+
+# %% ../nbs/A_command_line.ipynb #708527a3
+@app.command()
+def ensemble(
+    gallery: Annotated[list[Path], typer.Argument(help="Embeddings folders of the gallery, one a model.")],
+    out: Out,
+    query: _option(list[Path] | None, "Embeddings of the queries; once for each model, in the same order.") = None,
+    whitening: _option(str, "none, centre, pca or zca; fitted on the gallery.") = "pca",
+    dim: _option(int, "Dimensions that each model keeps; 0: all.", min=0) = 0,
+    weight: _option(list[float] | None, "The share of a model; once for each, or never.") = None,
+    dtype: _option(str, "float32 or float16.") = "float32",
+) -> None:
+    "Join the vectors of several models into one: OUT/gallery, OUT/query, and the fitted OUT/ensemble."
+    from product_retrieval.v2l.ensemble import EnsembleConfig, fuse_folders
+
+    fused = fuse_folders(gallery, out, query or (), EnsembleConfig(whitening, dim, weights=list(weight or [])), dtype)
+    typer.echo(f"{fused.name}, {fused.dim} numbers an item, saved to {out}")
+
+# %% ../nbs/A_command_line.ipynb #dce226b3
+@app.command()
+def rerank(
+    queries: Annotated[Path, typer.Argument(help="Embeddings of the queries.")],
+    gallery: Annotated[Path, typer.Argument(help="Embeddings of the gallery, by the same model.")],
+    out: _option(Path, "The ranking file to write, Parquet.", "--out", "-o"),
+    ranking: _option(Path | None, "A first ranking whose lists are ordered again; default: the whole gallery.") = None,
+    k1: _option(int, "Neighbours that must be mutual.") = 20,
+    k2: _option(int, "Neighbours whose encodings are averaged; 1: none.") = 6,
+    weight: _option(float, "Share of the original distance, 0 to 1.") = 0.3,
+    k: _option(int, "Results a query.", min=1) = 100,
+) -> None:
+    "Order results again by who is whose neighbour (k-reciprocal re-ranking)."
+    from product_retrieval.rerank import rerank_folders
+
+    typer.echo(f"ranking saved to {rerank_folders(queries, gallery, out, k1, k2, weight, k, ranking)}")
+
+# %% ../nbs/A_command_line.ipynb #adf73062
+@submit_app.command("eproduct")
+def submit_eproduct(
+    queries: Annotated[Path, typer.Argument(help="Embeddings of the queries.")],
+    gallery: Annotated[Path, typer.Argument(help="Embeddings of the index.")],
+    out: _option(Path, "The csv file to write.", "--out", "-o"),
+    memory: _option(float | None, "GB that the index may take.") = None,
+) -> None:
+    "Search ten items for every query and write the challenge's file."
+    from product_retrieval.v2l.ensemble import submit_eproduct as submit
+
+    typer.echo(f"submission saved to {submit(queries, gallery, out, memory=_bytes(memory))}")
 
 # %% ../nbs/A_command_line.ipynb #e25e78c7
 @evaluate_app.command("product1m")

@@ -21,11 +21,11 @@ from .protocols import ranking_from_rows, write_run
 from .report import Example, Report, Row, Score, Tile, write_report
 
 # %% auto #0
-__all__ = ['METRICS', 'CAPTURE_SYSTEMS', 'SYSTEMS', 'OUTPUTS', 'retrieve', 'chance', 'Result', 'Job', 'load_data', 'image_recipe',
-           'systems_for', 'run_system', 'pick_examples', 'make_report', 'metrics_json', 'proposal_sheet', 'run_demo',
-           'training_curves', 'search_pictures']
+__all__ = ['METRICS', 'CAPTURE_SYSTEMS', 'RERANKING', 'V2L_SYSTEMS', 'SYSTEMS', 'OUTPUTS', 'retrieve', 'chance', 'Result', 'Job',
+           'load_data', 'image_recipe', 'systems_for', 'run_system', 'pick_examples', 'make_report', 'metrics_json',
+           'proposal_sheet', 'run_demo', 'training_curves', 'search_pictures']
 
-# %% ../nbs/00a_tour.ipynb #68bb82d4
+# %% ../nbs/00a_tour.ipynb #38db6b17
 def retrieve(
     encoder: Callable,  # Batch -> vectors [batch, dim], see product_retrieval.encoders
     catalog: Catalog,
@@ -36,15 +36,19 @@ def retrieve(
     from product_retrieval.embeddings import embed
     from product_retrieval.search import Index
 
-    queries, gallery = catalog.split("query"), catalog.split("gallery")
-    asked = embed(encoder, queries, Path(folder) / "query")
-    stock = embed(encoder, gallery, Path(folder) / "gallery")
+    asked, stock = (embed(encoder, catalog.split(side), Path(folder) / side) for side in ("query", "gallery"))
     found = Index.build(stock, kind="flat").search(asked.vectors, min(k, len(stock)))
-    rankings = np.full((len(queries), min(k, len(stock))), -1)
-    rankings[_rows(asked.ids, queries)] = _rows(stock.ids, gallery)[found.rows]
+    return _in_catalog(found.rows, asked.ids, stock.ids, catalog)
+
+# %% ../nbs/00a_tour.ipynb #79e99613
+def _in_catalog(found: np.ndarray, asked: list[str], stored: list[str], catalog: Catalog) -> np.ndarray:
+    "Rows of embeddings [queries, k] as rows of the catalogue's splits."
+    queries, gallery = catalog.split("query"), catalog.split("gallery")
+    rankings = np.full((len(queries), found.shape[1]), -1)
+    rankings[_rows(asked, queries)] = _rows(stored, gallery)[found]
     return rankings
 
-# %% ../nbs/00a_tour.ipynb #e7aa7242
+
 def _rows(ids: list[str], catalog: Catalog) -> np.ndarray:
     "The row numbers of items in a catalogue."
     where = {item: row for row, item in enumerate(catalog.ids)}
@@ -206,18 +210,75 @@ CAPTURE_SYSTEMS: dict[str, tuple[str, Callable]] = {
     "CAPTURE instance-level": ("both, fused; every proposal asks", _by_capture("both", "projections", instances=True)),
 }
 
-# %% ../nbs/00a_tour.ipynb #6497aaaf
+# %% ../nbs/00a_tour.ipynb #7d69942c
+def _v2l_recipe(job: Job, catalog: Catalog) -> Any:
+    "The members of the ensemble, with the job's seed; without the one that learns from titles when there are none."
+    from product_retrieval.training import load_recipe
+    from product_retrieval.v2l.ensemble import EnsembleRecipe
+
+    recipe = load_recipe(recipe_path("tiny-v2l" if quick() else "demo-v2l"), EnsembleRecipe)
+    kept = [member for member in recipe.members if member.kind != "clip" or any(catalog.train.titles)]
+    return replace(recipe, members=[replace(m, overrides={**m.overrides, "seed": job.seed}) for m in kept])
+
+# %% ../nbs/00a_tour.ipynb #91c3ec22
+def _by_member(name: str) -> Callable:
+    "Rankings by one member of the ensemble."
+
+    def system(job: Job, catalog: Catalog, folder: Path) -> np.ndarray:
+        from product_retrieval.encoders import load_encoder
+        from product_retrieval.v2l.ensemble import train_member
+
+        parts = folder.parent / "v2l_parts" / "members"
+        member = next(m for m in _v2l_recipe(job, catalog).members if m.name == name)
+        train_member(member, catalog, parts)
+        return retrieve(load_encoder(parts / name / "model"), catalog, folder, job.k)
+
+    return system
+
+# %% ../nbs/00a_tour.ipynb #555a3d5d
+RERANKING = {"k1": 10, "k2": 6, "weight": 0.5}  # as the second place of the challenge published them
+
+
+def _by_ensemble(reranked: bool) -> Callable:
+    "Rankings by all members together; with `reranked`, ordered once more by k-reciprocal neighbours."
+
+    def system(job: Job, catalog: Catalog, folder: Path) -> np.ndarray:
+        from product_retrieval.evaluation import rank
+        from product_retrieval.rerank import k_reciprocal
+        from product_retrieval.v2l.ensemble import build_ensemble
+
+        recipe = _v2l_recipe(job, catalog)
+        built = build_ensemble(recipe, catalog, folder.parent / "v2l_parts", report=lambda line: None)
+        asked, stock = built.fused["query"], built.fused["gallery"]
+        vectors, k = (np.asarray(asked.vectors), np.asarray(stock.vectors)), min(job.k, len(stock))
+        found = k_reciprocal(*vectors, **RERANKING, k=k)[0] if reranked else rank(*vectors, k)
+        return _in_catalog(found, asked.ids, stock.ids, catalog)
+
+    return system
+
+# %% ../nbs/00a_tour.ipynb #62ba90c7
+V2L_SYSTEMS: dict[str, tuple[str, Callable]] = {
+    "coarse": ("pictures; learned all levels of the categories", _by_member("coarse")),
+    "coarse to fine": ("pictures; then learned to tell items apart", _by_member("fine")),
+    "titles supervise": ("pictures; learned from titles, in the way of CLIP", _by_member("titles")),
+    "ensemble": ("pictures; the three models above together", _by_ensemble(reranked=False)),
+    "ensemble, re-ranked": ("the same, ordered once more", _by_ensemble(reranked=True)),
+}
+
+# %% ../nbs/00a_tour.ipynb #ddab55ff
 SYSTEMS: dict[str, tuple[str, Callable]] = {
     "chance": ("sees nothing", _by_chance),
     "colour histogram": ("sees pictures, learns nothing", _by_colour),
     "bag of words": ("sees captions, learns nothing", _by_words),
     "image model": ("sees pictures, learned coarse categories", _by_model),
     **CAPTURE_SYSTEMS,
+    **V2L_SYSTEMS,
 }
 
-# %% ../nbs/00a_tour.ipynb #6780d537
-def systems_for(catalog: Catalog) -> tuple[list[str], list[str]]:
+# %% ../nbs/00a_tour.ipynb #e52577a5
+def systems_for(catalog: Catalog, job: Job | None = None) -> tuple[list[str], list[str]]:
     "The systems that this catalogue can feed, and a note about each that it cannot."
+    job = job or Job()
     names, notes = list(SYSTEMS), []
     if not any(catalog.split("query").titles):
         names.remove("bag of words")
@@ -228,6 +289,9 @@ def systems_for(catalog: Catalog) -> tuple[list[str], list[str]]:
     if reason := _no_capture(catalog, names):
         names = [name for name in names if name not in CAPTURE_SYSTEMS]
         notes.append(f"No CAPTURE: {reason}.")
+    for dropped, reason in _no_v2l(catalog, job, names).items():
+        names.remove(dropped)
+        notes.append(f"No {dropped}: {reason}.")
     return names, notes
 
 # %% ../nbs/00a_tour.ipynb #96e80201
@@ -240,6 +304,15 @@ def _no_capture(catalog: Catalog, names: list[str]) -> str:
     if len(set(catalog.train.titles)) < len(catalog.train) / 4:
         return "most training items share their title with others, so that a title names a class, not an item"
     return ""
+
+# %% ../nbs/00a_tour.ipynb #741669bc
+def _no_v2l(catalog: Catalog, job: Job, names: list[str]) -> dict[str, str]:
+    "Which rows of V2L cannot run on this catalogue, and why."
+    if "image model" not in names:
+        return dict.fromkeys(V2L_SYSTEMS, "the train split has no categories to learn from")
+    if job.data == "grocery" or job.weights:
+        return dict.fromkeys(V2L_SYSTEMS, "its recipe starts from random weights; chapters 10b to 12 train it on photos")
+    return {} if any(catalog.train.titles) else {"titles supervise": "training items have no titles"}
 
 # %% ../nbs/00a_tour.ipynb #87067f55
 def run_system(name: str, job: Job, catalog: Catalog, folder: Path) -> Result:
@@ -374,7 +447,7 @@ def _proposal(catalog: Catalog, query: int, picture: Any, box: np.ndarray, rows:
     tiles = [Tile(gallery.paths[r], gallery.titles[r], not wanted.isdisjoint(gallery.labels[r])) for r in rows]
     return Example(Tile(file, f"proposal {number}"), tiles)
 
-# %% ../nbs/00a_tour.ipynb #931d3984
+# %% ../nbs/00a_tour.ipynb #a89c37dd
 OUTPUTS = {"catalog", "metrics.json", "report.html", "systems"}
 
 
@@ -389,7 +462,7 @@ def run_demo(out: str | Path, job: Job | None = None) -> dict:
     _may_write(out, job.data)
     with _timed("data", timings, job.say, "1/3 the catalogue"):
         catalog = load_data(job)
-    names, notes = systems_for(catalog)
+    names, notes = systems_for(catalog, job)
     if "image model" in names:
         start_encoder(_recipe(job))  # a wrong recipe, backbone or weights should not cost minutes
     with atomic_folder(out, replace=True) as folder:
@@ -407,7 +480,8 @@ def run_demo(out: str | Path, job: Job | None = None) -> dict:
         report = make_report(job, catalog, results, out, timings=timings, notes=notes, curves=curves)
         if "CAPTURE instance-level" in names:
             parts = folder / "systems" / "capture_parts"
-            report.sheets["What each proposal finds"] = proposal_sheet(job, catalog, results[-1], parts)
+            by_proposals = next(result for result in results if result.name == "CAPTURE instance-level")
+            report.sheets["What each proposal finds"] = proposal_sheet(job, catalog, by_proposals, parts)
         write_report(report, folder / "report.html")
         write_json(folder / "metrics.json", metrics := metrics_json(job, catalog, results))
     job.say(f"open {out / 'report.html'}")
