@@ -256,11 +256,11 @@ def _by_ensemble(reranked: bool) -> Callable:
 
     return system
 
-# %% ../nbs/00a_tour.ipynb #62ba90c7
+# %% ../nbs/00a_tour.ipynb #310ba267
 V2L_SYSTEMS: dict[str, tuple[str, Callable]] = {
     "coarse": ("pictures; learned all levels of the categories", _by_member("coarse")),
-    "coarse to fine": ("pictures; then learned to tell items apart", _by_member("fine")),
-    "titles supervise": ("pictures; learned from titles, in the way of CLIP", _by_member("titles")),
+    "coarse-to-fine": ("pictures; then learned to tell items apart", _by_member("fine")),
+    "CLIP-style": ("pictures; learned from titles, in the way of CLIP", _by_member("titles")),
     "ensemble": ("pictures; the three models above together", _by_ensemble(reranked=False)),
     "ensemble, re-ranked": ("the same, ordered once more", _by_ensemble(reranked=True)),
 }
@@ -305,14 +305,14 @@ def _no_capture(catalog: Catalog, names: list[str]) -> str:
         return "most training items share their title with others, so that a title names a class, not an item"
     return ""
 
-# %% ../nbs/00a_tour.ipynb #741669bc
+# %% ../nbs/00a_tour.ipynb #b506c739
 def _no_v2l(catalog: Catalog, job: Job, names: list[str]) -> dict[str, str]:
     "Which rows of V2L cannot run on this catalogue, and why."
     if "image model" not in names:
         return dict.fromkeys(V2L_SYSTEMS, "the train split has no categories to learn from")
     if job.data == "grocery" or job.weights:
         return dict.fromkeys(V2L_SYSTEMS, "its recipe starts from random weights; chapters 10b to 12 train it on photos")
-    return {} if any(catalog.train.titles) else {"titles supervise": "training items have no titles"}
+    return {} if any(catalog.train.titles) else {"CLIP-style": "training items have no titles"}
 
 # %% ../nbs/00a_tour.ipynb #87067f55
 def run_system(name: str, job: Job, catalog: Catalog, folder: Path) -> Result:
@@ -447,7 +447,7 @@ def _proposal(catalog: Catalog, query: int, picture: Any, box: np.ndarray, rows:
     tiles = [Tile(gallery.paths[r], gallery.titles[r], not wanted.isdisjoint(gallery.labels[r])) for r in rows]
     return Example(Tile(file, f"proposal {number}"), tiles)
 
-# %% ../nbs/00a_tour.ipynb #a89c37dd
+# %% ../nbs/00a_tour.ipynb #c778525b
 OUTPUTS = {"catalog", "metrics.json", "report.html", "systems"}
 
 
@@ -468,24 +468,29 @@ def run_demo(out: str | Path, job: Job | None = None) -> dict:
     with atomic_folder(out, replace=True) as folder:
         catalog.save(folder / "catalog", images="none")
         job.say(f"2/3 {len(names)} systems on {catalog.name}")
-        results = []
-        for name in names:
-            if name == next(iter(CAPTURE_SYSTEMS)):
-                with _timed("detector and regions", timings, job.say, "  products in all pictures, for the rows below"):
-                    _capture_parts(job, catalog, folder / "systems" / "capture_parts")
-            results.append(run_system(name, job, catalog, folder / "systems"))
-        timings.update({result.name: result.seconds for result in results})
+        results = _run_all(names, job, catalog, folder / "systems", timings)
         job.say("3/3 the report")
         curves = training_curves(folder / "systems" / "image_model" / "training")
         report = make_report(job, catalog, results, out, timings=timings, notes=notes, curves=curves)
-        if "CAPTURE instance-level" in names:
-            parts = folder / "systems" / "capture_parts"
-            by_proposals = next(result for result in results if result.name == "CAPTURE instance-level")
-            report.sheets["What each proposal finds"] = proposal_sheet(job, catalog, by_proposals, parts)
+        for result in (one for one in results if one.name == "CAPTURE instance-level"):
+            sheet = proposal_sheet(job, catalog, result, folder / "systems" / "capture_parts")
+            report.sheets["What each proposal finds"] = sheet
         write_report(report, folder / "report.html")
         write_json(folder / "metrics.json", metrics := metrics_json(job, catalog, results))
     job.say(f"open {out / 'report.html'}")
     return metrics
+
+# %% ../nbs/00a_tour.ipynb #16a3ce86
+def _run_all(names: list[str], job: Job, catalog: Catalog, folder: Path, timings: dict[str, float]) -> list[Result]:
+    "Every system in turn; what the rows of CAPTURE share is made, and timed, before the first of them."
+    results = []
+    for name in names:
+        if name == next(iter(CAPTURE_SYSTEMS)):
+            with _timed("detector and regions", timings, job.say, "  products in all pictures, for the rows below"):
+                _capture_parts(job, catalog, folder / "capture_parts")
+        results.append(run_system(name, job, catalog, folder))
+    timings.update({result.name: result.seconds for result in results})
+    return results
 
 # %% ../nbs/00a_tour.ipynb #15df0837
 @contextmanager

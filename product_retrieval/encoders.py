@@ -510,7 +510,7 @@ def _published_weights(backbone: str) -> Path:
         raise InputError(f"{backbone}: no published weights; give a file with weights=FILE, or ask for weights='random'")
     return _hub_file(published.hf_hub_id, "model.safetensors", f"put it at {local}, or pass it as weights=FILE")
 
-# %% ../nbs/04a_encoders.ipynb #a5831a91
+# %% ../nbs/04a_encoders.ipynb #91a242db
 def _hub_file(repository: str, name: str, advice: str, revision: str | None = None) -> Path:
     "A file of the Hugging Face Hub, from its cache or downloaded; `advice` says what to do offline."
     import huggingface_hub as hub
@@ -524,10 +524,8 @@ def _hub_file(repository: str, name: str, advice: str, revision: str | None = No
         print(f"downloading {repository}/{name} ({human_size(size or 0)})")
         return Path(hub.hf_hub_download(repository, name, revision=revision))
     except Exception as error:
-        raise InputError(
-            f"{repository}: {name} is not in the cache and cannot be downloaded ({type(error).__name__}); "
-            f"fetch {address} on a machine with a network and {advice}"
-        ) from None
+        raise InputError(f"{repository}: {name} is not in the cache and cannot be downloaded ({type(error).__name__}); "
+                         f"fetch {address} on a machine with a network and {advice}") from None
 
 # %% ../nbs/04a_encoders.ipynb #2dec2940
 def vectors_of(

@@ -17,8 +17,8 @@ from .encoders import ImageEncoder, check_model_folder, image_encoder, vectors_o
 from .training import TrainConfig, fit, load_recipe, retrieval_validation
 
 # %% auto #0
-__all__ = ['score_retrieval', 'coarse_part', 'class_numbers', 'CoarseMargin', 'FirstRecipe', 'start_encoder', 'train_first_model',
-           'nearest_labels', 'knn_hits', 'knn_accuracy']
+__all__ = ['score_retrieval', 'coarse_part', 'class_numbers', 'CoarseMargin', 'FirstRecipe', 'start_encoder', 'training_views',
+           'validation_sides', 'product_validation', 'train_first_model', 'nearest_labels', 'knn_hits', 'knn_accuracy']
 
 # %% ../nbs/05b_first_model.ipynb #0bef6d2a
 def score_retrieval(
@@ -112,33 +112,51 @@ def start_encoder(
     seed_everything(recipe.seed)
     return image_encoder(recipe.backbone, None if chosen == "published" else chosen, **options)
 
-# %% ../nbs/05b_first_model.ipynb #aca2c9ef
-def _training_batches(items: Any, encoder: ImageEncoder, recipe: FirstRecipe, workers: int | None) -> Any:
-    "Random views of the training items."
+# %% ../nbs/05b_first_model.ipynb #68d7864d
+def training_views(
+    items: Any,  # a TrainCatalog
+    encoder: Any,  # its `config` has mean and standard deviation of the input
+    recipe: Any,  # `size`, `area`, `flip`, `jitter`, `batch_size` and `seed` count
+    workers: int | None = None,  # processes that decode pictures
+) -> Any:  # a `PictureLoader`
+    "Random views of the training items, in another order each epoch."
     from product_retrieval.data.pictures import PictureLoader, picture_transform
 
     c = encoder.config
     views = {"scale": recipe.area, "flip": recipe.flip, "jitter": recipe.jitter, "mean": c.mean, "std": c.std}
     transform = picture_transform(recipe.size, train=True, **views)
-    whole = len(items.frame) > recipe.batch_size
-    settings = {"shuffle": True, "seed": recipe.seed, "workers": workers, "drop_last": whole}
+    settings = {"shuffle": True, "seed": recipe.seed, "workers": workers, "drop_last": len(items) > recipe.batch_size}
     return PictureLoader(items, transform, batch_size=recipe.batch_size, **settings)
 
-# %% ../nbs/05b_first_model.ipynb #1b270ab8
-def _validation(catalog: Any, encoder: ImageEncoder, recipe: FirstRecipe) -> Any:
-    "Retrieval at product level on the validation splits; None when the catalogue has none."
+# %% ../nbs/05b_first_model.ipynb #f7b9a464
+def validation_sides(
+    catalog: Any,
+    hard: bool = False,  # queries search the items of the test gallery, too
+) -> tuple[Any, Any] | None:  # queries and gallery; None where the catalogue has none of them, or no labels
+    "The validation queries, and what they search."
+    if not hasattr(catalog, "train") or not catalog.has("labels"):
+        return None
+    splits = ["val_gallery", "gallery"] if hard else ["val_gallery"]
+    queries, gallery = catalog.split("val_query"), catalog.select(catalog.frame["split"].isin(splits).to_numpy())
+    return (queries, gallery) if len(queries) and len(gallery) else None
+
+# %% ../nbs/05b_first_model.ipynb #57700af1
+def product_validation(
+    catalog: Any,
+    encoder: Any,  # its `transform` makes pictures ready
+    metric: str = "MAR@10",
+    hard: bool = False,  # as in `validation_sides`
+) -> Any:  # for `fit(validate=...)`: a function of the model; None where there is nothing to validate on
+    "Retrieval at product level on the validation splits."
     from product_retrieval.data.pictures import PictureLoader
     from product_retrieval.evaluation import positives_from_labels
 
-    if not hasattr(catalog, "train") or not catalog.has("labels"):
+    if (sides := validation_sides(catalog, hard)) is None:
         return None
-    queries, gallery = catalog.split("val_query"), catalog.split("val_gallery")
-    if not len(queries) or not len(gallery):
-        return None
-    sides = [PictureLoader(part, encoder.transform, batch_size=64, workers=0) for part in (queries, gallery)]
-    return retrieval_validation(*sides, positives_from_labels(queries.labels, gallery.labels), metrics=(recipe.metric,))
+    loaders = [PictureLoader(side, encoder.transform, batch_size=64, workers=0) for side in sides]
+    return retrieval_validation(*loaders, positives_from_labels(*(side.labels for side in sides)), metrics=(metric,))
 
-# %% ../nbs/05b_first_model.ipynb #84d2daf5
+# %% ../nbs/05b_first_model.ipynb #ef37b947
 def train_first_model(
     catalog: Any,  # a Catalog; training sees pictures and categories of its split "train"
     recipe: FirstRecipe | str | Path,  # or a file of `recipes/`
@@ -155,8 +173,8 @@ def train_first_model(
     names, targets = class_numbers(categories)
     encoder = start_encoder(recipe, weights)
     objective = CoarseMargin(targets, len(names), encoder.dim, recipe.margin, recipe.scale)
-    batches = _training_batches(items, encoder, recipe, workers)
-    encoder.history = fit(encoder, objective, batches, recipe.train, out, _validation(catalog, encoder, recipe))
+    batches, validate = training_views(items, encoder, recipe, workers), product_validation(catalog, encoder, recipe.metric)
+    encoder.history = fit(encoder, objective, batches, recipe.train, out, validate)
     encoder.to("cpu").config.name = f"{recipe.backbone}, coarse"
     if PartialState().is_main_process:
         encoder.save_pretrained(Path(out) / "model", _story(catalog, names, recipe, encoder.history))

@@ -246,7 +246,7 @@ def _stacked(pairs: _Pairs, items: int) -> _Pairs:
         return _Pairs(own, itself, pairs.same, None, pairs.positive)
     return _Pairs(own, itself, pairs.same.repeat(2), pairs.others.repeat(2), pairs.positive)
 
-# %% ../nbs/08a_losses.ipynb #64386187
+# %% ../nbs/08a_losses.ipynb #2e1ac3d2
 def nt_xent(
     a: torch.Tensor,  # [batch, dim], for example projections of the captions; any length
     b: torch.Tensor,  # [batch, dim], of the pictures; row i belongs to row i of a
@@ -255,7 +255,7 @@ def nt_xent(
     mode: str = "ignore",  # what pairs of the same product are: "ignore" = nothing, "positive" = partners too
     gather: bool = False,  # compare with the items of all processes
 ) -> torch.Tensor:  # scalar; 0 for a single item, which has nothing to be told from
-    "Normalised temperature-scaled cross-entropy over all 2 * batch vectors (SimCLR; CAPTURE, section 3.3)."
+    "Normalised temperature-scaled cross-entropy over all 2 * batch vectors (SimCLR; CAPTURE, section 4)."
     a, b, all_a, all_b, pairs = _sides(a, b, same, mode, gather)
     rows = torch.cat([a, b])
     columns = rows if all_a is a else torch.cat([all_a, all_b])

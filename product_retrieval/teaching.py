@@ -14,8 +14,8 @@ import product_retrieval
 from .core import InputError, cache_dir, did_you_mean, quick
 
 # %% auto #0
-__all__ = ['QUICK', 'check', 'show_error', 'quiz', 'cards', 'flow', 'image_grid', 'as_photo', 'real_data', 'real_weights',
-           'code_behind', 'run_folder']
+__all__ = ['QUICK', 'PACKAGE', 'check', 'show_error', 'quiz', 'cards', 'flow', 'image_grid', 'as_photo', 'real_data',
+           'real_weights', 'code_behind', 'run_folder']
 
 # %% ../nbs/00c_teaching.ipynb #6b8da63e
 QUICK: bool = quick()
@@ -180,28 +180,33 @@ def _beside(variable: str, kind: str, name: str, advice: str) -> Path | None:
     print(f"{name} is not here; set {variable} to the folder that holds it ({advice})")
     return None
 
-# %% ../nbs/00c_teaching.ipynb #2b428098
+# %% ../nbs/00c_teaching.ipynb #fb5118f4
+PACKAGE = Path(product_retrieval.__file__).resolve().parent
+
+# %% ../nbs/00c_teaching.ipynb #06375f8a
 def code_behind(
     module: str,  # of the package, without its name: "capture.pretrain"
 ) -> dict[str, Path]:  # its file and those of all modules of the package that it imports, directly or not
     "What a module's results depend on, as far as the package goes."
-    root = Path(product_retrieval.__file__).resolve().parent
-    found: dict[str, Path] = {}
-    todo = [module]
+    found, todo = {}, [module]
     while todo:
         name = todo.pop()
-        file = root.joinpath(*name.split(".")).with_suffix(".py")
+        file = PACKAGE.joinpath(*name.split(".")).with_suffix(".py")
         if name not in found and file.is_file():
             found[name] = file
-            todo += _imports(file, f"{root.name}.{name}")
-    if module not in found:
-        known = [".".join(f.relative_to(root).with_suffix("").parts) for f in root.rglob("*.py")]
-        raise InputError(f"module {module!r}: not in the package{did_you_mean(module, known)}")
+            todo += _imports(file, f"{PACKAGE.name}.{name}")
+    if not found:
+        raise InputError(f"module {module!r}: not in the package{did_you_mean(module, _modules())}")
     return dict(sorted(found.items()))
 
-# %% ../nbs/00c_teaching.ipynb #53cd8ee2
+# %% ../nbs/00c_teaching.ipynb #268ffae3
+def _modules() -> list[str]:
+    "All modules of the package, without its name."
+    return [".".join(file.relative_to(PACKAGE).with_suffix("").parts) for file in PACKAGE.rglob("*.py")]
+
+# %% ../nbs/00c_teaching.ipynb #00a880ab
 def _imports(file: Path, name: str) -> list[str]:
-    "What a file imports from its own package, at the top or inside a function."
+    "What a file imports from its own package: at the top, inside a function, or by a name in a string."
     package, _, _ = name.partition(".")
     found = []
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
@@ -211,6 +216,8 @@ def _imports(file: Path, name: str) -> list[str]:
             start = name.split(".")[: -node.level] if node.level else []
             base = ".".join([*start, *([node.module] if node.module else [])])
             found += [base, *(f"{base}.{alias.name}" for alias in node.names)]
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):  # "package.module:name", for importlib
+            found.append(node.value.partition(":")[0])
     return [one.removeprefix(f"{package}.") for one in found if one.startswith(f"{package}.")]
 
 # %% ../nbs/00c_teaching.ipynb #a2fc26c3

@@ -19,11 +19,11 @@ from product_retrieval.v2l.coarse import (
     TitleWordLoss,
     balanced_rows,
     coarse_items,
+    coarse_views,
     frequent_words,
     level_numbers,
     soft_cross_entropy,
     train_coarse,
-    training_batches,
     word_targets,
 )
 
@@ -197,7 +197,7 @@ def test_balanced_rows():
 def test_drawn_batches_carry_the_rows_of_the_items(tiny_shelf):
     recipe = short(balance=1.0)
     items = coarse_items(tiny_shelf, recipe)
-    batches = training_batches(items, image_encoder("resnet10t", "random", size=32), recipe, workers=0)
+    batches = coarse_views(items, image_encoder("resnet10t", "random", size=32), recipe, workers=0)
     assert isinstance(batches, DrawnBatches)
     batches.set_epoch(1)
     whole = list(batches.iter_from(0))
@@ -216,7 +216,7 @@ def test_a_balanced_run_goes_on_where_it_was_stopped(tiny_shelf, tmp_path):
     def parts():
         torch.manual_seed(0)
         model = image_encoder("resnet10t", "random", size=32, dim=8, pool="gem", neck=True)
-        return model, CoarseObjective(items, recipe, 8), training_batches(items, model, recipe, workers=0)
+        return model, CoarseObjective(items, recipe, 8), coarse_views(items, model, recipe, workers=0)
 
     model, *rest = parts()
     fit(model, *rest, recipe.train, tmp_path / "whole")
@@ -248,7 +248,7 @@ def test_a_balanced_run_goes_on_where_it_was_stopped(tiny_shelf, tmp_path):
 def test_harder_views_change_the_pictures_and_stay_repeatable(tiny_shelf):
     recipe = short(trivial=True, erase=1.0)
     items, model = coarse_items(tiny_shelf, recipe), image_encoder("resnet10t", "random", size=32)
-    first = [next(iter(training_batches(items, model, r, workers=0))).pixels for r in (recipe, recipe, short())]
+    first = [next(iter(coarse_views(items, model, r, workers=0))).pixels for r in (recipe, recipe, short())]
     assert torch.equal(first[0], first[1]) and not torch.equal(first[0], first[2])
     assert torch.isfinite(first[0]).all()
 

@@ -38,7 +38,8 @@ def test_metrics_json(out):
     content = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
     assert content["seed"] == 0 and content["data"].startswith("shelf")
     first = ["chance", "colour histogram", "bag of words", "image model", "text only", "image only", "dual encoder"]
-    assert [r["name"] for r in content["rows"]] == [*first, "CAPTURE image-level", "CAPTURE instance-level"]
+    last = ["coarse", "coarse-to-fine", "CLIP-style", "ensemble", "ensemble, re-ranked"]
+    assert [r["name"] for r in content["rows"]] == [*first, "CAPTURE image-level", "CAPTURE instance-level", *last]
     for row in content["rows"]:
         for metric in ("MAR@10", "mAP@10"):
             low, high = row[f"{metric} interval"]

@@ -200,7 +200,7 @@ def build_capture(
     system.history = trained.history
     return system
 
-# %% ../../nbs/09c_system.ipynb #6e393f12
+# %% ../../nbs/09c_system.ipynb #ef4476e8
 def as_system(detector: Detector | None, encoder: Any, trained: Pretrained, **options: Any) -> CaptureSystem:
     "Put the parts together; options are fields of `SystemConfig`."
     r = trained.recipe
@@ -212,7 +212,7 @@ def _proposer(detector: Detector | None) -> Any:
     "What cuts pictures into regions: the detector, or quarters when there is none."
     return GridProposals() if detector is None else DetectorProposals(detector)
 
-
+# %% ../../nbs/09c_system.ipynb #471d7dd0
 def _part(catalog: Any, chosen: str | Path, folder: Path, train: Any) -> Any:
     "A model by folder or name; the name or file of a recipe means: train it here."
     try:

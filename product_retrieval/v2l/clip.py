@@ -18,17 +18,17 @@ from torch import nn
 # %% auto #0
 __all__ = ['SIDES', 'titled_part', 'learn_tokenizer', 'TextConfig', 'TextTower', 'new_text_tower', 'text_tower', 'TowersConfig',
            'TwoTowers', 'lock', 'title_table', 'image_tower', 'TitlesSupervise', 'layer_rates', 'interpolate',
-           'best_share', 'ClipRecipe', 'start_towers', 'training_views', 'product_validation', 'train_clip',
-           'search_titles', 'score_titles', 'described']
+           'best_share', 'ClipRecipe', 'start_towers', 'train_clip', 'search_titles', 'score_titles', 'described']
 
-# %% ../../nbs/12_clip.ipynb #e6b1a14c
+# %% ../../nbs/12_clip.ipynb #1478de49
 from ..core import InputError, did_you_mean, require, seed_everything
 from product_retrieval.encoders import (
     EncoderConfig, HubLayout, ImageEncoder, OpenClipEncoder, check_model_folder, encode_pixels, encode_titles, fill,
     image_encoder, load_encoder, read_weights, unit,
 )
+from ..first_model import product_validation, training_views
 from ..losses import Contrastive, cached
-from ..training import TrainConfig, fit, load_recipe, retrieval_validation
+from ..training import TrainConfig, fit, load_recipe
 
 # %% ../../nbs/12_clip.ipynb #085a0767
 def titled_part(
@@ -512,36 +512,7 @@ def _check_start(model: nn.Module, recipe: ClipRecipe, trained: bool) -> None:
     if (recipe.locked == "image" and not trained) or (recipe.locked == "text" and not brought):
         raise InputError(f"locked = {recipe.locked!r}: that tower is new and would never learn; unlock it, or give weights")
 
-# %% ../../nbs/12_clip.ipynb #4431449b
-def training_views(items: Any, encoder: Any, recipe: Any, workers: int | None = None) -> Any:
-    "Random views of the training items, as batches."
-    from product_retrieval.data.pictures import PictureLoader, picture_transform
-
-    image = encoder.image if isinstance(encoder, TwoTowers) else encoder
-    size = image.size if isinstance(image, OpenClipEncoder) else recipe.size
-    views = {"scale": recipe.area, "flip": recipe.flip, "jitter": recipe.jitter}
-    transform = picture_transform(size, train=True, mean=image.config.mean, std=image.config.std, **views)
-    whole = len(items) > recipe.batch_size
-    settings = {"shuffle": True, "seed": recipe.seed, "workers": workers, "drop_last": whole}
-    return PictureLoader(items, transform, batch_size=recipe.batch_size, **settings)
-
-# %% ../../nbs/12_clip.ipynb #b7c9fe55
-def product_validation(catalog: Any, encoder: Any, metric: str = "MAR@10", hard: bool = False) -> Callable | None:
-    "Retrieval at product level on the validation splits, as a function of the model; None when the catalogue has none."
-    from product_retrieval.data.pictures import PictureLoader
-    from product_retrieval.evaluation import positives_from_labels
-
-    if not hasattr(catalog, "train") or not catalog.has("labels"):
-        return None
-    splits = catalog.frame["split"]
-    queries = catalog.split("val_query")
-    gallery = catalog.select(splits.isin(["val_gallery", "gallery"] if hard else ["val_gallery"]).to_numpy())
-    if not len(queries) or not len(gallery):
-        return None
-    sides = [PictureLoader(part, encoder.transform, batch_size=64, workers=0) for part in (queries, gallery)]
-    return retrieval_validation(*sides, positives_from_labels(queries.labels, gallery.labels), metrics=(metric,))
-
-# %% ../../nbs/12_clip.ipynb #62c4fef5
+# %% ../../nbs/12_clip.ipynb #698c6f1e
 def train_clip(
     catalog: Any,  # a Catalog; training sees pictures and titles of its split "train"
     recipe: ClipRecipe | str | Path,  # or a file of `recipes/`
@@ -559,8 +530,11 @@ def train_clip(
     objective, before = _objective(model, items, recipe), copy.deepcopy(model)
     config = replace(recipe.train, rates={**layer_rates(model, recipe.layer_decay), **recipe.train.rates})
     validate = product_validation(catalog, model, recipe.metric, recipe.hard)
+    image = model.image if isinstance(model, TwoTowers) else model
+    size = image.size if isinstance(image, OpenClipEncoder) else recipe.size
+    views = training_views(items, image, replace(recipe, size=size), workers)
     with _set_aside(model, objective.table is not None):
-        model.history = fit(model, objective, training_views(items, model, recipe, workers), config, out, validate)
+        model.history = fit(model, objective, views, config, out, validate)
     model.to("cpu")
     model.shares = _mix(before, model, validate, recipe)
     _save(model, items, recipe, Path(out))
