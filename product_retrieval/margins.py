@@ -108,12 +108,12 @@ def _mean_loss(
     losses = functional.cross_entropy(logits, targets, reduction="none")
     return (losses if head.weights is None else losses * head.weights[targets]).mean()
 
-# %% ../nbs/10a_margins.ipynb #663ed401
+# %% ../nbs/10a_margins.ipynb #b3bfb3eb
 def add_angle(
     cosine: torch.Tensor,  # of the angle
     margin: float,  # radians, 0 to pi / 2
 ) -> torch.Tensor:
-    "cos(angle + margin), and beyond pi a curve that goes on falling (ArcFace, section 3)."
+    "cos(angle + margin), and beyond pi a curve that goes on falling (ArcFace; the curve is of its authors' code)."
     sine = ((1 - cosine) * (1 + cosine)).clamp(min=torch.finfo(cosine.dtype).eps).sqrt()
     turned = cosine * math.cos(margin) - sine * math.sin(margin)
     return torch.where(cosine >= -math.cos(margin), turned, cosine - margin * math.sin(margin))
