@@ -220,7 +220,16 @@ def _imports(file: Path, name: str) -> list[str]:
             found.append(node.value.partition(":")[0])
     return [one.removeprefix(f"{package}.") for one in found if one.startswith(f"{package}.")]
 
-# %% ../nbs/00c_teaching.ipynb #a2fc26c3
+# %% ../nbs/00c_teaching.ipynb #4ee95576
+def _bare(file: Path) -> str:
+    "What a program does, as a string: without comments, docstrings and layout."
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(body := getattr(node, "body", None), list):
+            node.body = [s for s in body if not (isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant))]
+    return ast.dump(tree)
+
+# %% ../nbs/00c_teaching.ipynb #0474aaed
 def run_folder(
     module: str,  # whose code makes the run: "capture.pretrain"
     *recipes: str | Path,  # the recipe files that decide about it
@@ -230,8 +239,8 @@ def run_folder(
     for recipe in recipes:
         digest.update(Path(recipe).read_bytes())
     code = {**code_behind(module), **code_behind("data.shelf")}  # what computes, and what draws its data
-    for file in dict(sorted(code.items())).values():  # without comments and layout
-        digest.update(ast.dump(ast.parse(file.read_text(encoding="utf-8"))).encode())
+    for file in dict(sorted(code.items())).values():
+        digest.update(_bare(file).encode())
     folder = cache_dir() / "runs" / f"{module}-{digest.hexdigest()[:12]}"
     folder.mkdir(parents=True, exist_ok=True)
     return folder
