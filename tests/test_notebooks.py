@@ -39,11 +39,6 @@ def prose(path: Path) -> str:
     return "\n\n".join(source(c) for c in cells(path) if c["cell_type"] == "markdown")
 
 
-def is_draft(path: Path) -> bool:
-    "A chapter that was never executed in full says so in its front matter; the site leaves it out."
-    return bool(re.search(r"(?m)^draft: true$", source(cells(path)[0])))
-
-
 def each(which):
     return pytest.mark.parametrize("path", which, ids=lambda p: p.stem)
 
@@ -90,9 +85,6 @@ def test_directives_are_known(path):
 @each(paths)
 def test_outputs_present_clean_and_without_errors(path):
     produced = [out for cell in code(path) for out in cell["outputs"]]
-    if is_draft(path):
-        assert not produced, "a draft stores no outputs: after a full run, take `draft: true` away"
-        pytest.skip("a draft: not executed in full yet")
     assert produced, "no outputs: run `make notebooks`"
     assert not [out for out in produced if out["output_type"] == "error"]
     text = json.dumps(produced)
