@@ -22,6 +22,17 @@ def cache(tmp_path_factory):
         os.environ["PRODUCT_RETRIEVAL_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
+@pytest.fixture
+def one_thread():
+    "Small tensors gain nothing from threads, and sums in another order differ in the last digit."
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def beside(variable: str, kind: str, name: str) -> Path:
     "A file or folder from the place that the environment names, else from ../shared; skips when it is nowhere."
     places = [Path(os.environ[variable])] if os.environ.get(variable) else []

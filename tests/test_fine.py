@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from training_toy import in_child
 
 from product_retrieval.core import InputError
 from product_retrieval.data.catalog import Catalog
@@ -301,18 +302,6 @@ class Toys:
         for index in range(first, 5):
             rows = order[8 * index : 8 * index + 8]
             yield Batch(self.pictures[rows], [""] * 8, [str(r) for r in rows.tolist()], rows, index)
-
-
-def in_child(work, *arguments):
-    child = os.fork()
-    if child:
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    status = 1
-    try:
-        work(*arguments)
-        status = 0
-    finally:
-        os._exit(status)
 
 
 def killed(folder, call):

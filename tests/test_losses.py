@@ -23,12 +23,7 @@ from product_retrieval.losses import info_nce, nt_xent, sigmoid_loss
 FUNCTIONS = [nt_xent, info_nce, sigmoid_loss]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def pair(items: int = 9, dim: int = 6, seed: int = 0, dtype=torch.float64):

@@ -15,12 +15,7 @@ from product_retrieval.core import InputError
 from product_retrieval.margins import LOSSES, ArcFace, CosFace, add_angle, class_weights, cosines, margin_loss
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def batch(items: int = 40, dim: int = 16, classes: int = 9, seed: int = 0, dtype=torch.float64):

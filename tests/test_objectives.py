@@ -23,12 +23,8 @@ TABLE = TokenTable(300, 4, (0, 1, 2, 3), tuple(range(200, 300)))
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def seeded(one_thread):
     torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
 
 
 def items(count: int = 12, tokens: int = 10, regions: int = 6) -> CaptureBatch:

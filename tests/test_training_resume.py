@@ -7,13 +7,13 @@ import random
 import signal
 import sys
 import time
-import traceback
 from pathlib import Path
 
 import pytest
 import torch
 import training_toy
 from safetensors.torch import load_file
+from training_toy import in_child
 
 from product_retrieval.training import checkpoints, fit
 
@@ -38,21 +38,6 @@ def kill_at(call: int) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     sys.setprofile(count)
-
-
-def in_child(work, *arguments) -> int:
-    "Do `work` in a forked process that already has everything imported; its exit status."
-    child = os.fork()
-    if child:
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    status = 1
-    try:
-        work(*arguments)
-        status = 0
-    except Exception:
-        traceback.print_exc()
-    finally:
-        os._exit(status)
 
 
 def killed_run(folder: Path, call: int) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import traceback
 from pathlib import Path
 
 import torch
@@ -12,6 +14,21 @@ from product_retrieval.data.pictures import PictureLoader, picture_transform
 from product_retrieval.data.shelf import load_shelf
 from product_retrieval.evaluation import positives_from_labels
 from product_retrieval.training import TrainConfig, fit, retrieval_validation
+
+
+def in_child(work, *arguments) -> int:
+    "Do `work` in a forked process that already has everything imported; its exit status."
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    status = 1
+    try:
+        work(*arguments)
+        status = 0
+    except Exception:
+        traceback.print_exc()
+    finally:
+        os._exit(status)
 
 
 class Classes(nn.Module):
