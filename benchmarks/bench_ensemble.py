@@ -22,7 +22,7 @@ from common import line
 
 from product_retrieval.core import human_size
 from product_retrieval.embeddings import Embeddings, new_array
-from product_retrieval.embeddings import _write_side_files as describe
+from product_retrieval.embeddings import write_side_files as describe
 
 FULL = (20, 1_100_000, 128)
 

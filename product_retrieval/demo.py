@@ -210,17 +210,18 @@ CAPTURE_SYSTEMS: dict[str, tuple[str, Callable]] = {
     "CAPTURE instance-level": ("both, fused; every proposal asks", _by_capture("both", "projections", instances=True)),
 }
 
-# %% ../nbs/00a_tour.ipynb #7d69942c
-def _v2l_recipe(job: Job, catalog: Catalog) -> Any:
-    "The members of the ensemble, with the job's seed; without the one that learns from titles when there are none."
+# %% ../nbs/00a_tour.ipynb #83191502
+def _v2l_recipe(job: Job, catalog: Catalog, systems: Path) -> Any:
+    "The members of the ensemble, which go on from the image model; without the one that learns from titles when there are none."
     from product_retrieval.training import load_recipe
     from product_retrieval.v2l.ensemble import EnsembleRecipe
 
     recipe = load_recipe(recipe_path("tiny-v2l" if quick() else "demo-v2l"), EnsembleRecipe)
     kept = [member for member in recipe.members if member.kind != "clip" or any(catalog.train.titles)]
-    return replace(recipe, members=[replace(m, overrides={**m.overrides, "seed": job.seed}) for m in kept])
+    start = {"backbone": _recipe(job).backbone, "weights": str(systems / "image_model/training/model/model.safetensors")}
+    return replace(recipe, members=[replace(m, overrides={**m.overrides, **start, "seed": job.seed}) for m in kept])
 
-# %% ../nbs/00a_tour.ipynb #91c3ec22
+# %% ../nbs/00a_tour.ipynb #a5afaf5f
 def _by_member(name: str) -> Callable:
     "Rankings by one member of the ensemble."
 
@@ -229,13 +230,13 @@ def _by_member(name: str) -> Callable:
         from product_retrieval.v2l.ensemble import train_member
 
         parts = folder.parent / "v2l_parts" / "members"
-        member = next(m for m in _v2l_recipe(job, catalog).members if m.name == name)
+        member = next(m for m in _v2l_recipe(job, catalog, folder.parent).members if m.name == name)
         train_member(member, catalog, parts)
         return retrieve(load_encoder(parts / name / "model"), catalog, folder, job.k)
 
     return system
 
-# %% ../nbs/00a_tour.ipynb #555a3d5d
+# %% ../nbs/00a_tour.ipynb #4ac766c0
 RERANKING = {"k1": 10, "k2": 6, "weight": 0.5}  # as the second place of the challenge published them
 
 
@@ -247,7 +248,7 @@ def _by_ensemble(reranked: bool) -> Callable:
         from product_retrieval.rerank import k_reciprocal
         from product_retrieval.v2l.ensemble import build_ensemble
 
-        recipe = _v2l_recipe(job, catalog)
+        recipe = _v2l_recipe(job, catalog, folder.parent)
         built = build_ensemble(recipe, catalog, folder.parent / "v2l_parts", report=lambda line: None)
         asked, stock = built.fused["query"], built.fused["gallery"]
         vectors, k = (np.asarray(asked.vectors), np.asarray(stock.vectors)), min(job.k, len(stock))

@@ -32,7 +32,7 @@ from product_retrieval.core import (
 
 # %% auto #0
 __all__ = ['VERSION', 'DTYPES', 'EXPECTED', 'FULL', 'content_hash', 'describe_encoder', 'describe_catalog', 'Embeddings',
-           'check_file', 'new_array', 'writing', 'about_file', 'embed', 'embed_cached']
+           'check_file', 'mapped', 'new_array', 'writing', 'write_side_files', 'about_file', 'embed', 'embed_cached']
 
 # %% ../nbs/04b_embeddings.ipynb #7954805d
 VERSION = 1
@@ -162,7 +162,7 @@ def _why_missing(embeddings: _Rows, item: str) -> str:
             return f"; its picture was skipped ({reason}); use .join(catalog) to leave such items out"
     return did_you_mean(item, embeddings.ids[:10_000]) + "; embed the catalogue that holds it"
 
-# %% ../nbs/04b_embeddings.ipynb #1f2fff91
+# %% ../nbs/04b_embeddings.ipynb #9f46215e
 class Embeddings(_Rows):
     "A folder with `vectors.npy` [items, dim], the item ids and what made them; vectors stay on disk until they are used."
 
@@ -176,7 +176,7 @@ class Embeddings(_Rows):
         with writing(folder, self.vectors.nbytes), atomic_folder(folder, replace=replace) as new:
             np.save(new / "vectors.npy", self.vectors, allow_pickle=False)
             plan = {"model": "unknown", **self.meta, "dim": self.dim, "dtype": str(self.vectors.dtype)}
-            _write_side_files(new, self.ids, plan)
+            write_side_files(new, self.ids, plan)
         return Path(folder)
 
     def select(self, ids: Sequence[str]) -> np.ndarray:
@@ -196,7 +196,7 @@ class Embeddings(_Rows):
         size = human_size(self.vectors.nbytes)
         return f"Embeddings({len(self)} x {self.dim} {self.vectors.dtype}, {size}, model={self.meta.get('model', 'unknown')!r})"
 
-# %% ../nbs/04b_embeddings.ipynb #5c91c16e
+# %% ../nbs/04b_embeddings.ipynb #7266e997
 def _read_folder(folder: Path, verify: bool) -> tuple[np.ndarray, list[str], dict[str, Any]]:
     "Vectors (memory-mapped), ids and description of a folder, checked against each other."
     if not folder.is_dir():
@@ -210,7 +210,7 @@ def _read_folder(folder: Path, verify: bool) -> tuple[np.ndarray, list[str], dic
         raise InputError(f"{folder / 'embeddings.json'}: not a description of embeddings, version {VERSION}; embed again")
     for name in ("vectors.npy", "ids.json"):
         check_file(folder / name, meta["files"].get(name), verify or name == "ids.json")
-    return _mapped(folder / "vectors.npy"), read_json(folder / "ids.json", list), meta
+    return mapped(folder / "vectors.npy"), read_json(folder / "ids.json", list), meta
 
 # %% ../nbs/04b_embeddings.ipynb #2ec1c0d3
 def check_file(path: Path, about: Any, checksum: bool) -> None:
@@ -224,13 +224,13 @@ def check_file(path: Path, about: Any, checksum: bool) -> None:
     if checksum and sha256_of(path) != about["sha256"]:
         raise InputError(f"{path}: the checksum is wrong, the file was changed or damaged; make it again")
 
-# %% ../nbs/04b_embeddings.ipynb #8303dc37
-def _mapped(path: Path) -> np.ndarray:
-    "Memory-map an array file."
+# %% ../nbs/04b_embeddings.ipynb #3961c326
+def mapped(path: Path, mode: str = "r") -> np.ndarray:
+    "Memory-map an array file, for reading, or with `r+` for changes."
     try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
+        return np.load(path, mmap_mode=mode, allow_pickle=False)
     except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read as an array ({error}); embed again") from None
+        raise InputError(f"{path}: cannot be read as an array ({error}); delete it and make it again") from None
 
 # %% ../nbs/04b_embeddings.ipynb #e2c93ca9
 class _Journal:
@@ -274,11 +274,11 @@ def _old_plan(folder: Path) -> dict[str, Any]:
     except InputError as error:
         raise InputError(f"{error}; or delete {folder} to begin again") from None
 
-# %% ../nbs/04b_embeddings.ipynb #53f92744
+# %% ../nbs/04b_embeddings.ipynb #8ef5ea2c
 def _opened(path: Path, dtype: Any, shape: tuple[int, ...]) -> np.memmap:
     "Open an array file for writing; when it is missing, create it full of zeros, atomically."
     if path.exists():
-        found = _mapped(path)
+        found = mapped(path)
         if found.shape == shape and found.dtype == np.dtype(dtype):
             return np.lib.format.open_memmap(path, mode="r+")
         want = f"{np.dtype(dtype)} {shape}"
@@ -402,7 +402,7 @@ def _write_kept(journal: _Journal, keep: np.ndarray, path: Path) -> None:
         target[start : start + 8192] = source[rows[start : start + 8192]]
     target.flush()
 
-# %% ../nbs/04b_embeddings.ipynb #b9c1e5a1
+# %% ../nbs/04b_embeddings.ipynb #df2fff06
 def _finish(journal: _Journal, catalog: Any, folder: Path, skipped: list[tuple[str, str]]) -> None:
     "Write the final folder in one rename and remove the unfinished one."
     keep = np.asarray(journal.done) == 1
@@ -416,10 +416,10 @@ def _finish(journal: _Journal, catalog: Any, folder: Path, skipped: list[tuple[s
     missing = [[i, reasons.get(i, "not read")] for i, kept in zip(catalog.ids, keep, strict=True) if not kept]
     with writing(folder, journal.vectors.nbytes), atomic_folder(folder, replace=not _used(folder)) as new:
         _write_kept(journal, keep, new / "vectors.npy")
-        _write_side_files(new, ids, {**journal.plan, "dim": int(journal.vectors.shape[1]), "skipped": missing})
+        write_side_files(new, ids, {**journal.plan, "dim": int(journal.vectors.shape[1]), "skipped": missing})
 
-# %% ../nbs/04b_embeddings.ipynb #2380149e
-def _write_side_files(folder: Path, ids: Sequence[str], plan: dict[str, Any]) -> None:
+# %% ../nbs/04b_embeddings.ipynb #af4225a1
+def write_side_files(folder: Path, ids: Sequence[str], plan: dict[str, Any]) -> None:
     "ids.json and embeddings.json beside vectors.npy."
     write_json(folder / "ids.json", list(ids))
     files = {name: about_file(folder / name) for name in ("vectors.npy", "ids.json")}

@@ -16,10 +16,10 @@ from .core import InputError, did_you_mean
 
 # %% auto #0
 __all__ = ['NORMALISERS', 'METRICS', 'METRIC_NAMES', 'LEAVE_ONE_OUT', 'Positives', 'positives_from_lists',
-           'positives_from_labels', 'hits_matrix', 'hit_at', 'precision_at', 'recall_at', 'average_precision',
-           'reciprocal_rank', 'ndcg', 'r_precision', 'map_at_r', 'Evaluation', 'evaluate', 'rank', 'recall_curve',
-           'plot_recall', 'confidence_interval', 'PairedTest', 'paired_test', 'per_category', 'plot_per_category',
-           'worst_queries', 'result_sheet', 'leave_one_out', 'scoreboard']
+           'positives_from_labels', 'hits_matrix', 'hit_at', 'precision_at', 'recall_at', 'share_of',
+           'average_precision', 'reciprocal_rank', 'ndcg', 'r_precision', 'map_at_r', 'Evaluation', 'evaluate', 'rank',
+           'recall_curve', 'plot_recall', 'confidence_interval', 'PairedTest', 'paired_test', 'per_category',
+           'plot_per_category', 'worst_queries', 'result_sheet', 'leave_one_out', 'scoreboard']
 
 # %% ../nbs/03a_evaluation.ipynb #7d9ce7fe
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ def _refuse_repeats(rankings: np.ndarray, hits: np.ndarray, first: int) -> None:
         if (counts > 1).any():
             raise InputError(f"rankings: row {number} names gallery row {rows[counts > 1][0]} more than once; keep the first")
 
-# %% ../nbs/03a_evaluation.ipynb #46da6d0b
+# %% ../nbs/03a_evaluation.ipynb #4d39a626
 def hit_at(hits: np.ndarray, counts: np.ndarray, k: int) -> np.ndarray:
     "1 when at least one of the first `k` results is right."
     return hits[:, :k].any(axis=1).astype(float)
@@ -165,10 +165,10 @@ def precision_at(hits: np.ndarray, counts: np.ndarray, k: int) -> np.ndarray:
 
 def recall_at(hits: np.ndarray, counts: np.ndarray, k: int) -> np.ndarray:
     "The share of all positives that stand among the first `k`. Its mean over queries is eProduct's MAR@k."
-    return _share(np.count_nonzero(hits[:, :k], axis=1), counts)
+    return share_of(np.count_nonzero(hits[:, :k], axis=1), counts)
 
-# %% ../nbs/03a_evaluation.ipynb #77a30334
-def _share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+# %% ../nbs/03a_evaluation.ipynb #5401ae99
+def share_of(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
     "`part / whole`, and 0 where `whole` is 0."
     return np.divide(part, whole, out=np.zeros(len(part)), where=np.asarray(whole) > 0)
 
@@ -181,7 +181,7 @@ def _found(hits: np.ndarray, k: int | None = None) -> tuple[np.ndarray, np.ndarr
     nth = np.arange(1, len(query) + 1) - np.repeat(np.cumsum(counts) - counts, counts)
     return query, place + 1, nth
 
-# %% ../nbs/03a_evaluation.ipynb #5f664e9d
+# %% ../nbs/03a_evaluation.ipynb #224efd0b
 def average_precision(
     hits: np.ndarray,  # bool [queries, depth]
     counts: np.ndarray,  # [queries] how many positives each query has
@@ -191,7 +191,7 @@ def average_precision(
     "The precision at the rank of every hit, summed, divided by the `normaliser`."
     query, rank, nth = _found(hits, k)
     total = np.bincount(query, weights=nth / rank, minlength=len(hits))
-    return _share(total, _divisor(hits, counts, k, normaliser))
+    return share_of(total, _divisor(hits, counts, k, normaliser))
 
 # %% ../nbs/03a_evaluation.ipynb #845ec3c2
 def _divisor(hits: np.ndarray, counts: np.ndarray, k: int | None, normaliser: str) -> np.ndarray:
@@ -215,20 +215,20 @@ def reciprocal_rank(hits: np.ndarray, counts: np.ndarray, k: int | None = None) 
         return np.zeros(len(hits))
     return hits.any(axis=1) / (hits.argmax(axis=1) + 1)
 
-# %% ../nbs/03a_evaluation.ipynb #8ea61d3a
+# %% ../nbs/03a_evaluation.ipynb #c5110b3d
 def ndcg(hits: np.ndarray, counts: np.ndarray, k: int | None = None) -> np.ndarray:
     "Hits discounted by log2(rank + 1), divided by the same sum for a perfect ranking."
     query, rank, _ = _found(hits, k)
     gained = np.bincount(query, weights=1 / np.log2(rank + 1), minlength=len(hits))
     most = k or max(hits.shape[1], int(counts.max(initial=0)))
     ideal = np.concatenate([[0], np.cumsum(1 / np.log2(np.arange(2, most + 2)))])
-    return _share(gained, ideal[np.minimum(counts, most)])
+    return share_of(gained, ideal[np.minimum(counts, most)])
 
-# %% ../nbs/03a_evaluation.ipynb #d8656651
+# %% ../nbs/03a_evaluation.ipynb #fed0c2de
 def r_precision(hits: np.ndarray, counts: np.ndarray) -> np.ndarray:
     "Precision at R, where R is the query's own number of positives."
     query, rank, _ = _found(hits, int(counts.max(initial=0)))
-    return _share(np.bincount(query[rank <= counts[query]], minlength=len(hits)), counts)
+    return share_of(np.bincount(query[rank <= counts[query]], minlength=len(hits)), counts)
 
 
 def map_at_r(hits: np.ndarray, counts: np.ndarray) -> np.ndarray:
@@ -236,7 +236,7 @@ def map_at_r(hits: np.ndarray, counts: np.ndarray) -> np.ndarray:
     query, rank, nth = _found(hits, int(counts.max(initial=0)))
     inside = rank <= counts[query]
     total = np.bincount(query[inside], weights=(nth / rank)[inside], minlength=len(hits))
-    return _share(total, counts)
+    return share_of(total, counts)
 
 # %% ../nbs/03a_evaluation.ipynb #1dc49474
 METRICS = {  # name -> (function, whether it takes @k: "must", "may" or "no")
@@ -393,20 +393,21 @@ def recall_curve(rankings: np.ndarray, positives: Positives) -> np.ndarray:  # [
     found = np.cumsum(hits_matrix(rankings, positives)[scored], axis=1)
     return (found / positives.counts[scored][:, None]).mean(axis=0)
 
-# %% ../nbs/03a_evaluation.ipynb #97890d62
+# %% ../nbs/03a_evaluation.ipynb #ec9f3a04
 def plot_recall(
     curves: dict[str, np.ndarray],  # name -> recall at 1, 2, ... (see `recall_curve`)
 ) -> Any:  # the matplotlib figure
     "Recall against the number of results that a shopper looks at."
     import matplotlib.pyplot as plt
 
-    fig, ax = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    fig, ax = plt.subplots(figsize=(6.5, 3.6), layout="constrained")
     styles = ("-", "--", "-.", ":")
     for i, (name, curve) in enumerate(curves.items()):
         ax.plot(np.arange(1, len(curve) + 1), curve, styles[i % 4], label=name)
     ax.set(xlabel="results looked at", ylabel="recall", xscale="log", ylim=(0, 1))
     ax.grid(alpha=0.3)
-    ax.legend()
+    lines = sorted(ax.lines, key=lambda line: -line.get_ydata()[-1])  # the legend reads from the highest curve to the lowest
+    fig.legend(handles=lines, loc="outside right center", fontsize="small", frameon=False)
     return fig
 
 # %% ../nbs/03a_evaluation.ipynb #45026db0

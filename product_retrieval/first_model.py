@@ -180,13 +180,12 @@ def train_first_model(
         encoder.save_pretrained(Path(out) / "model", _story(catalog, names, recipe, encoder.history))
     return encoder
 
-# %% ../nbs/05b_first_model.ipynb #1f516dd3
+# %% ../nbs/05b_first_model.ipynb #f81a90ab
 def _story(catalog: Any, names: list[str], recipe: FirstRecipe, history: Any) -> str:
     "The paragraph of the model card on training."
-    best = "" if history.best is None else f" Best validation {recipe.metric}: {history.best:.4f} at step {history.best_step}."
     return (
         f"Trained on {len(names)} coarse categories of `{catalog.name}` with a cosine margin of {recipe.margin} "
-        f"for {history.steps} steps; product labels were not used.{best}"
+        f"for {history.steps} steps; product labels were not used.{history.about_best(recipe.metric)}"
     )
 
 # %% ../nbs/05b_first_model.ipynb #23c59223

@@ -804,7 +804,7 @@ def _deciding(config: TrainConfig, values: Mapping[str, float]) -> str:
         raise InputError(f"metric = {name!r}: validation does not give it{did_you_mean(name, values)}")
     return name
 
-# %% ../nbs/05a_training.ipynb #e68057a0
+# %% ../nbs/05a_training.ipynb #9b9daae5
 @dataclass
 class History:
     "What a run leaves: where it is, how far it went, its best validation value."
@@ -818,6 +818,10 @@ class History:
     def __str__(self) -> str:
         best = "" if self.best is None else f", best value {self.best:.4f} at step {self.best_step}"
         return f"{self.folder}: {self.steps} of {self.planned} steps{best}"
+
+    def about_best(self, metric: str = "value") -> str:
+        "A sentence for a model card on the best validation, with a blank before it; empty without validation."
+        return "" if self.best is None else f" Best validation {metric}: {self.best:.4f} at step {self.best_step}."
 
     @property
     def train(self) -> Any:

@@ -368,7 +368,7 @@ def test_a_model_names_no_files_outside_its_folder(tmp_path, monkeypatch, files)
     folder = RawPixels().save_pretrained(tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "files": files}))
-    monkeypatch.setattr(encoders, "_hub_file", lambda name, file, advice, revision=None: folder / file)
+    monkeypatch.setattr(encoders, "hub_file", lambda name, file, advice, revision=None: folder / file)
     with pytest.raises(InputError, match="inside the folder"):
         HubLayout.from_pretrained("someone/model")
 
@@ -403,3 +403,14 @@ def test_reading_a_clip_model_without_weights_is_refused():
 
 def test_random_weights_only_by_that_word():
     assert image_encoder("resnet10t", "random").config.weights == "random"
+
+
+def test_mirrored_asks_twice_and_does_not_mind_a_mirror():
+    from product_retrieval.encoders import Mirrored
+
+    encoder = image_encoder("resnet10t", "random", size=32)
+    both, pixels = Mirrored(encoder), torch.rand(3, 3, 32, 32)
+    batch, flipped = (Batch(p, [""] * 3, ["a", "b", "c"], torch.arange(3)) for p in (pixels, pixels.flip(-1)))
+    torch.testing.assert_close(both(batch), unit(encoder(batch) + encoder(flipped)))
+    torch.testing.assert_close(both(batch), both(flipped))
+    assert both.dim == encoder.dim and torch.allclose(both(batch).norm(dim=1), torch.ones(3))

@@ -534,3 +534,10 @@ def test_two_runs_in_one_folder(tmp_path):
     (tmp_path / "run" / ".lock").write_text("99999999")
     fit(torch.nn.Linear(2, 2), lambda model, batch: model(batch).sum(), batches, TrainConfig(epochs=1), tmp_path / "run")
     assert not (tmp_path / "run" / ".lock").exists()
+
+
+def test_the_sentence_about_the_best_validation():
+    from product_retrieval.training import History
+
+    assert History(Path("run"), 5, 5).about_best("MAR@10") == ""
+    assert History(Path("run"), 5, 5, 0.25, 3).about_best("MAR@10") == " Best validation MAR@10: 0.2500 at step 3."

@@ -924,12 +924,11 @@ def _prepare_to_find(detector: Detector, recipe: DetectorRecipe, checks: PastedP
     detector.config = replace(detector.config, size=size, merge=recipe.detector.merge)
     detector.config.threshold = choose_threshold(detector, replace(checks, size=size))
 
-# %% ../../nbs/06a_detector.ipynb #e1a7ed02
+# %% ../../nbs/06a_detector.ipynb #3bfbea9a
 def _story(catalog: Any, recipe: DetectorRecipe, history: Any) -> str:
     "The paragraph of the model card on training."
-    best = "" if history.best is None else f" Best validation value: {history.best:.4f} at step {history.best_step}."
     return (f"A class-agnostic product detector, trained for {history.steps} steps of {recipe.batch_size} pasted pictures "
-            f"with cut-outs from `{catalog.name}`; no box was annotated.{best}")
+            f"with cut-outs from `{catalog.name}`; no box was annotated.{history.about_best()}")
 
 # %% ../../nbs/06a_detector.ipynb #70fbc554
 def find_and_describe(detector: Detector, pictures: Sequence[Any], limit: int = 10, threshold: float | None = None,

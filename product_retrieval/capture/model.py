@@ -723,16 +723,16 @@ def _bert_tensors(name: str | Path, config: CaptureConfig) -> dict[str, torch.Te
     missing = {*report["missing_keys"]}
     return {key: tensor.float() for key, tensor in bert.state_dict().items() if key not in missing}
 
-# %% ../../nbs/07b_capture_model.ipynb #1beded36
+# %% ../../nbs/07b_capture_model.ipynb #6999e066
 def _bert_folder(name: str) -> Path:
     "The folder with config and weights of a BERT of the Hugging Face Hub."
-    from product_retrieval.encoders import _hub_file
+    from product_retrieval.encoders import hub_file
 
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise InputError(f"{name}: no such folder; expected a saved BERT, or a name such as bert-base-chinese")
     advice = f"pass the folder that holds it instead of {name!r}"
-    _hub_file(name, "config.json", advice)
-    return _hub_file(name, "model.safetensors", advice).parent
+    hub_file(name, "config.json", advice)
+    return hub_file(name, "model.safetensors", advice).parent
 
 # %% ../../nbs/07b_capture_model.ipynb #99afcf56
 def _check_official(own: dict, rows: list, tensors: dict, known: set, source: str) -> None:

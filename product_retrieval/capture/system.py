@@ -221,14 +221,12 @@ def _part(catalog: Any, chosen: str | Path, folder: Path, train: Any) -> Any:
         return load_encoder(chosen)
     return train(catalog, recipe, folder)
 
-# %% ../../nbs/09c_system.ipynb #b5c08b01
+# %% ../../nbs/09c_system.ipynb #bc8304e5
 def _story(catalog: Any, recipe: CaptureRecipe, trained: Pretrained) -> str:
     "The paragraph of the model card on training."
-    best = trained.history.best
-    score = "" if best is None else f" Best validation {recipe.metric}: {best:.4f} at step {trained.history.best_step}."
     return (
         f"Pretrained on the pictures and titles of `{catalog.name}` for {trained.history.steps} steps "
-        f"(masked words, masked regions, contrast); no labels and no boxes were used.{score}"
+        f"(masked words, masked regions, contrast); no labels and no boxes were used.{trained.history.about_best(recipe.metric)}"
     )
 
 # %% ../../nbs/09c_system.ipynb #21d38cd0

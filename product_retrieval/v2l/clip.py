@@ -165,7 +165,7 @@ def text_tower(
     _fill_body(tower.body, read_weights(files["model.safetensors"]), str(files["model.safetensors"]))
     return tower
 
-# %% ../../nbs/12_clip.ipynb #7d6bf30a
+# %% ../../nbs/12_clip.ipynb #c7a9c3eb
 def _text_folder(source: str) -> Path:
     "The folder of a text encoder: installed with a package, local, or fetched from the Hub."
     if source == "minilm":
@@ -176,10 +176,10 @@ def _text_folder(source: str) -> Path:
     if source.count("/") != 1 or source.startswith((".", "/", "~")):
         near = did_you_mean(source, ["scratch", "minilm"])
         raise InputError(f"text = {source!r}: no such folder{near}; or give owner/name of the Hugging Face Hub")
-    from product_retrieval.encoders import _hub_file
+    from product_retrieval.encoders import hub_file
 
     advice = f"keep the files of {source} in a folder and name that folder"
-    return [_hub_file(source, name, advice) for name in ("tokenizer.json", "model.safetensors", "config.json")][-1].parent
+    return [hub_file(source, name, advice) for name in ("tokenizer.json", "model.safetensors", "config.json")][-1].parent
 
 # %% ../../nbs/12_clip.ipynb #adeeeed6
 def _architecture(file: Path) -> dict:
@@ -575,14 +575,13 @@ def _save(model: nn.Module, items: Any, recipe: ClipRecipe, out: Path) -> None:
             model.config.name = f"{image.config.backbone}, titles"
             model.save_pretrained(out / "towers", story)
 
-# %% ../../nbs/12_clip.ipynb #5c956ef3
+# %% ../../nbs/12_clip.ipynb #20ef0233
 def _story(model: nn.Module, items: Any, recipe: ClipRecipe) -> str:
     "The paragraph of the model card on training."
     history, count = model.history, len(set(items.titles))
-    best = "" if history.best is None else f" Best validation {recipe.metric}: {history.best:.4f} at step {history.best_step}."
     mixed = f" Shares of the new weights tried on validation: {model.shares}." if model.shares else ""
     return (f"Trained with {count} different titles of `{items.name}` by the loss {recipe.loss!r} for {history.steps} steps; "
-            f"product labels were not used.{best}{mixed}")
+            f"product labels were not used.{history.about_best(recipe.metric)}{mixed}")
 
 # %% ../../nbs/12_clip.ipynb #f0ddb74f
 def search_titles(

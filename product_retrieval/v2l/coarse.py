@@ -349,13 +349,12 @@ def train_coarse(
         encoder.save_pretrained(Path(out) / "model", _story(items, objective, recipe, encoder.history))
     return encoder
 
-# %% ../../nbs/10b_coarse.ipynb #d1af2641
+# %% ../../nbs/10b_coarse.ipynb #03453992
 def _story(items: Any, objective: CoarseObjective, recipe: CoarseRecipe, history: Any) -> str:
     "The paragraph of the model card on training."
     labels = [f"level {level} ({len(names)} classes)" for level, names in objective.names.items()]
     labels += [f"{len(objective.words.vocabulary)} words of titles"] if objective.words is not None else []
-    best = "" if history.best is None else f" Best validation {recipe.metric}: {history.best:.4f} at step {history.best_step}."
     return (
         f"Trained on {len(items)} items of `{items.name}` with `{recipe.loss}` on {', '.join(labels)} "
-        f"for {history.steps} steps; product labels were not used.{best}"
+        f"for {history.steps} steps; product labels were not used.{history.about_best(recipe.metric)}"
     )

@@ -450,7 +450,7 @@ def train_fine(
         encoder.save_pretrained(out / "model", _story(catalog, recipe, encoder.history))
     return encoder
 
-# %% ../../nbs/11_fine.ipynb #f5cbebf3
+# %% ../../nbs/11_fine.ipynb #d2508449
 def _batches(items: Any, encoder: ImageEncoder, recipe: FineRecipe, workers: int | None) -> PictureLoader:
     "Two random views of every training item."
     c = encoder.config
@@ -460,7 +460,6 @@ def _batches(items: Any, encoder: ImageEncoder, recipe: FineRecipe, workers: int
 
 def _story(catalog: Any, recipe: FineRecipe, history: Any) -> str:
     "The paragraph of the model card on training."
-    best = "" if history.best is None else f" Best validation {recipe.metric}: {history.best:.4f} at step {history.best_step}."
     lessons = {"contrast": "a momentum encoder and a queue", "distil": "self-distillation", "none": "ties to stage one only"}
     return (f"Stage two, trained on instances of `{catalog.name}` with {lessons[recipe.method]} for {history.steps} steps; "
-            f"product labels were not used.{best}")
+            f"product labels were not used.{history.about_best(recipe.metric)}")
