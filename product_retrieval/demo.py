@@ -306,13 +306,13 @@ def _no_capture(catalog: Catalog, names: list[str]) -> str:
         return "most training items share their title with others, so that a title names a class, not an item"
     return ""
 
-# %% ../nbs/00a_tour.ipynb #b506c739
+# %% ../nbs/00a_tour.ipynb #c9e7f56d
 def _no_v2l(catalog: Catalog, job: Job, names: list[str]) -> dict[str, str]:
     "Which rows of V2L cannot run on this catalogue, and why."
     if "image model" not in names:
         return dict.fromkeys(V2L_SYSTEMS, "the train split has no categories to learn from")
     if job.data == "grocery" or job.weights:
-        return dict.fromkeys(V2L_SYSTEMS, "its recipe starts from random weights; chapters 10b to 12 train it on photos")
+        return dict.fromkeys(V2L_SYSTEMS, "its recipe is made for the shelf; chapters 10b to 12 have recipes for photos")
     return {} if any(catalog.train.titles) else {"CLIP-style": "training items have no titles"}
 
 # %% ../nbs/00a_tour.ipynb #87067f55
@@ -390,9 +390,9 @@ def _command(job: Job, out: Path) -> str:
         words += [f"--{name}", getattr(job, name)] if getattr(job, name) else []
     return ("QUICK=1 " if quick() else "") + " ".join(words)
 
-# %% ../nbs/00a_tour.ipynb #d3b070b5
+# %% ../nbs/00a_tour.ipynb #86104a19
 def make_report(job: Job, catalog: Catalog, results: list[Result], out: Path, **more: Any) -> Report:
-    "Gather what the page shows; the sheets belong to the last system, the climb's highest."
+    "Gather what the page shows; the sheets belong to the last system."
     rows = [Row(r.name, r.scores(METRICS, job.seed), r.seconds, r.note) for r in results]
     sheets = {
         f"{heading} ({results[-1].name})": [_example(results[-1], catalog, q) for q in queries]
