@@ -224,13 +224,13 @@ def check_file(path: Path, about: Any, checksum: bool) -> None:
     if checksum and sha256_of(path) != about["sha256"]:
         raise InputError(f"{path}: the checksum is wrong, the file was changed or damaged; make it again")
 
-# %% ../nbs/04b_embeddings.ipynb #3961c326
+# %% ../nbs/04b_embeddings.ipynb #bc6959ac
 def mapped(path: Path, mode: str = "r") -> np.ndarray:
     "Memory-map an array file, for reading, or with `r+` for changes."
     try:
         return np.load(path, mmap_mode=mode, allow_pickle=False)
     except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read as an array ({error}); delete it and make it again") from None
+        raise InputError(f"{path}: cannot be read as an array ({error}); delete {path.parent} and make it again") from None
 
 # %% ../nbs/04b_embeddings.ipynb #e2c93ca9
 class _Journal:
