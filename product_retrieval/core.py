@@ -16,8 +16,8 @@ from typing import IO, Any
 
 # %% auto #0
 __all__ = ['LIBRARIES', 'FEATURES', 'InputError', 'did_you_mean', 'atomic_file', 'atomic_folder', 'write_json', 'read_json',
-           'sha256_of', 'human_size', 'cache_dir', 'quick', 'pick_device', 'seed_everything', 'require', 'only_one',
-           'recipe_path', 'examine']
+           'sha256_of', 'human_size', 'cache_dir', 'quick', 'pick_device', 'seed_everything', 'keep_memory', 'require',
+           'only_one', 'recipe_path', 'examine']
 
 # %% ../nbs/00b_house.ipynb #1533f526
 class InputError(ValueError):
@@ -200,6 +200,20 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+# %% ../nbs/00b_house.ipynb #e4783567
+def keep_memory() -> bool:
+    "Keep up to 2 GB of freed memory for the next allocation (`mallopt` of glibc); False where the system has no such choice."
+    import ctypes
+
+    if any(name in os.environ for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_")):
+        return False  # the user has chosen
+    try:
+        choose = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return False
+    trim_threshold, mmap_threshold = -1, -3  # numbers of malloc.h
+    return bool(choose(trim_threshold, 2**31 - 1) and choose(mmap_threshold, 32 << 20))
 
 # %% ../nbs/00b_house.ipynb #1b08b12c
 def require(

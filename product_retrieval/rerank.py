@@ -139,43 +139,29 @@ class Neighbours:
     distances: np.ndarray  # float32 [items, k]
     farthest: np.ndarray  # float32 [items], the largest distance of each item
 
-# %% ../nbs/14_rerank.ipynb #4c1213b0
-class _Heaps:
-    "The best `k` scores of every item, and its lowest one, while blocks of scores arrive."
-
-    def __init__(self, items: int, k: int):
-        import faiss
-
-        self.scores, self.rows = np.empty((items, k), np.float32), np.empty((items, k), np.int64)
-        self.lowest = np.full(items, np.inf, np.float32)
-        self.heaps = faiss.float_minheap_array_t()
-        self.heaps.nh, self.heaps.k = items, k
-        self.heaps.val, self.heaps.ids = faiss.swig_ptr(self.scores), faiss.swig_ptr(self.rows)
-        self.heaps.heapify()
-
-    def add(self, scores: np.ndarray, row: int, column: int) -> None:
-        "Take in scores [rows, columns] of the items from `row` on against the items from `column` on."
-        import faiss
-
-        scores, here = np.ascontiguousarray(scores), slice(row, row + len(scores))
-        self.heaps.addn(scores.shape[1], faiss.swig_ptr(scores), column, row, len(scores))
-        np.minimum(self.lowest[here], scores.min(1), out=self.lowest[here])
-
-# %% ../nbs/14_rerank.ipynb #f15bca25
-BLOCK = 1024  # rows and columns of the table of products that exist at one time
+# %% ../nbs/14_rerank.ipynb #2ddeba87
+BLOCK = 16_384  # items that ask at one time
 
 
-def _scan(items: np.ndarray, k: int) -> _Heaps:
-    "One walk over the upper half of the table; the score x.y - y.y / 2 is largest for the nearest."
-    heaps, half = _Heaps(len(items), k), np.einsum("nd,nd->n", items, items) / 2
-    for i in range(0, len(items), BLOCK):
-        for j in range(i, len(items), BLOCK):
-            products = items[i : i + BLOCK] @ items[j : j + BLOCK].T
-            heaps.add(products - half[j : j + BLOCK], i, j)
-            if j > i:
-                heaps.add((products - half[i : i + BLOCK, None]).T, j, i)
-    heaps.heaps.reorder()
-    return heaps
+def _farthest(items: np.ndarray, sample: int) -> np.ndarray:
+    "The largest squared distance of each item to the others, or to a sample of them, float32 [items]."
+    import faiss
+
+    chosen = np.arange(len(items))
+    if sample < len(items):
+        chosen = np.sort(np.random.default_rng(0).choice(len(items), sample, replace=False))
+    lengths = np.einsum("nd,nd->n", items, items)
+    among = np.hstack([-2 * items[chosen], lengths[chosen, None]])
+    best = np.empty(len(items), np.float32)
+    for block in _blocks(len(items), BLOCK):
+        asking = np.hstack([items[block], np.ones((len(block), 1), np.float32)])
+        best[block] = faiss.knn(asking, among, 1, faiss.METRIC_INNER_PRODUCT)[0][:, 0]
+    return np.maximum(lengths + best, 0)
+
+
+def _blocks(count: int, size: int) -> list[np.ndarray]:
+    "The numbers below `count` in blocks."
+    return [np.arange(start, min(start + size, count)) for start in range(0, count, size)]
 
 # %% ../nbs/14_rerank.ipynb #a2375146
 def _distances(items: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -197,25 +183,26 @@ def _settled(items: np.ndarray, near: np.ndarray, own: np.ndarray, k: int) -> tu
     order = np.lexsort((near, np.where(near == own[:, None], -1, distances)))[:, :k]
     return np.take_along_axis(near, order, 1), np.take_along_axis(distances, order, 1)
 
-# %% ../nbs/14_rerank.ipynb #31f9599d
+# %% ../nbs/14_rerank.ipynb #274bbeef
 SLACK = 8  # more candidates than asked for, because products are rounded
 DEEP = 1024  # candidates where the slack does not tell the last neighbour from the next
 
 
 def _nearest(items: np.ndarray, k: int) -> Neighbours:
     "Exact neighbours of prepared vectors."
-    wide, lengths = min(len(items), k + SLACK), np.einsum("nd,nd->n", items, items)
-    heaps = _scan(items, wide)
-    farthest = np.maximum(lengths - 2 * heaps.lowest, 0)
+    import faiss
+
+    wide, farthest, unsure = min(len(items), k + SLACK), _farthest(items, len(items)), np.zeros(len(items), bool)
     rows, distances = np.empty((len(items), k), np.int32), np.empty((len(items), k), np.float32)
-    for own in _blocks(len(items), 16_384):
-        rows[own], distances[own] = _settled(items, heaps.rows[own], own, k)
+    for own in _blocks(len(items), BLOCK):
+        rounded, near = faiss.knn(items[own], items, wide)
+        rows[own], distances[own] = _settled(items, near, own, k)
+        unsure[own] = rounded[:, -1] <= distances[own, -1] + 1e-5 * farthest[own]
     if wide < len(items):
-        unsure = lengths - 2 * heaps.scores[:, -1] <= distances[:, -1] + 1e-5 * farthest
         _search_deeper(items, np.flatnonzero(unsure), rows, distances)
     return Neighbours(rows, distances, farthest)
 
-# %% ../nbs/14_rerank.ipynb #23005686
+# %% ../nbs/14_rerank.ipynb #b7d581e7
 def _search_deeper(items: np.ndarray, unsure: np.ndarray, rows: np.ndarray, distances: np.ndarray) -> None:
     "Settle items that have many equally near neighbours."
     import faiss
@@ -224,11 +211,6 @@ def _search_deeper(items: np.ndarray, unsure: np.ndarray, rows: np.ndarray, dist
         own = unsure[place]
         near = faiss.knn(items[own], items, min(len(items), DEEP))[1]
         rows[own], distances[own] = _settled(items, near, own, rows.shape[1])
-
-
-def _blocks(count: int, size: int) -> list[np.ndarray]:
-    "The numbers below `count` in blocks."
-    return [np.arange(start, min(start + size, count)) for start in range(0, count, size)]
 
 # %% ../nbs/14_rerank.ipynb #e37aecf7
 def neighbours(
@@ -370,7 +352,7 @@ def _ranked(items: np.ndarray, asked: int, near: Neighbours, codes: Any, weight:
             rankings[row], distances[row] = _best(items, row, asked, jaccard, line, near.farthest[row], k, weight)
     return rankings, distances
 
-# %% ../nbs/14_rerank.ipynb #b676dcc9
+# %% ../nbs/14_rerank.ipynb #d0dfc697
 def _joined(items: np.ndarray, asked: int, gallery_rows: np.ndarray, k: int, sample: int) -> Neighbours:
     "Neighbours of queries and gallery together, from the gallery's own."
     import faiss
@@ -379,28 +361,12 @@ def _joined(items: np.ndarray, asked: int, gallery_rows: np.ndarray, k: int, sam
     for own in _blocks(asked, 4096):
         near = faiss.knn(items[own], items, min(len(items), k + SLACK))[1]
         rows[own], distances[own] = _settled(items, near, own, k)
-    for block in _blocks(len(gallery_rows), 16_384):
+    for block in _blocks(len(gallery_rows), BLOCK):
         own = block + asked
         near = faiss.knn(items[own], items[:asked], min(asked, k + SLACK))[1]
         near = np.hstack([near, gallery_rows[block, :k].astype(np.int64) + asked])
         rows[own], distances[own] = _settled(items, near, own, k)
     return Neighbours(rows, distances, _farthest(items, sample))
-
-# %% ../nbs/14_rerank.ipynb #26f546e2
-def _farthest(items: np.ndarray, sample: int) -> np.ndarray:
-    "The largest squared distance of each item to a sample of the others, float32 [items]."
-    import faiss
-
-    chosen = np.arange(len(items))
-    if sample < len(items):
-        chosen = np.sort(np.random.default_rng(0).choice(len(items), sample, replace=False))
-    lengths = np.einsum("nd,nd->n", items, items)
-    among = np.hstack([-2 * items[chosen], lengths[chosen, None]])  # (-2 y, y.y) . (x, 1) = y.y - 2 x.y
-    best = np.empty(len(items), np.float32)
-    for block in _blocks(len(items), 16_384):
-        asking = np.hstack([items[block], np.ones((len(block), 1), np.float32)])
-        best[block] = faiss.knn(asking, among, 1, faiss.METRIC_INNER_PRODUCT)[0][:, 0]
-    return np.maximum(lengths + best, 0)
 
 # %% ../nbs/14_rerank.ipynb #3b7d73e1
 def rerank_lists(

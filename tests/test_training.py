@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import resource
 import signal
+import subprocess
+import sys
 import threading
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,7 +18,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from product_retrieval import training
-from product_retrieval.core import InputError, read_json
+from product_retrieval.core import InputError, keep_memory, read_json
 from product_retrieval.data.pictures import Batch
 from product_retrieval.training import (
     CsvLog,
@@ -541,3 +543,42 @@ def test_the_sentence_about_the_best_validation():
 
     assert History(Path("run"), 5, 5).about_best("MAR@10") == ""
     assert History(Path("run"), 5, 5, 0.25, 3).about_best("MAR@10") == " Best validation MAR@10: 0.2500 at step 3."
+
+
+def test_an_epoch_of_batches_is_begun_once(tmp_path):
+    "Beginning again at every step would start a loader's worker processes anew each time."
+    begun = []
+
+    class Counting(MemoryBatches):
+        def iter_from(self, start):
+            begun.append((self.epoch, start))
+            return super().iter_from(start)
+
+    batches = Counting(torch.randn(24, 4), batch_size=4)
+    fit(nn.Linear(4, 1), lambda model, batch: model(batch[0]).square().mean(), batches, config(), tmp_path)
+    assert begun[:3] == [(0, 0), (1, 0), (2, 0)] and len(begun) <= 4
+
+
+def test_kept_memory_changes_no_number():
+    "The same steps in two processes, one of which keeps freed memory, end in the same weights."
+    code = """
+import hashlib, platform, sys, torch
+from product_retrieval.core import keep_memory
+kept = keep_memory() if sys.argv[1] == "keep" else None
+assert kept is None or kept == (platform.libc_ver()[0] == "glibc")
+torch.manual_seed(0); torch.set_num_threads(1)
+model = torch.nn.Sequential(torch.nn.Conv2d(3, 16, 3), torch.nn.BatchNorm2d(16), torch.nn.ReLU(), torch.nn.Conv2d(16, 4, 3))
+optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+for _ in range(3):
+    model(torch.randn(8, 3, 64, 64)).square().mean().backward(); optimizer.step(); optimizer.zero_grad()
+print(hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in model.parameters())).hexdigest())
+"""
+    clean = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")}
+    call = lambda how: subprocess.run([sys.executable, "-c", code, how], env=clean, capture_output=True, text=True)
+    kept, given_back = call("keep"), call("no")
+    assert kept.stdout and kept.stdout == given_back.stdout, kept.stderr + given_back.stderr
+
+
+def test_a_user_who_set_the_allocator_is_obeyed(monkeypatch):
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "1")
+    assert keep_memory() is False
