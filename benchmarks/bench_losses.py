@@ -15,7 +15,6 @@ from common import QUICK, alternate, line
 from torch.nn import functional
 
 
-
 def capture_batch(config, count: int):
     "Random items of the model's full size."
     from product_retrieval.capture.model import CaptureBatch
@@ -51,11 +50,26 @@ def pretrain_once(kind: str, count: int, chunk: int) -> None:
     print(kilobytes("VmHWM") - before)
 
 
-def loss_once(kind: str, count: int, dim: int) -> None:
-    "The loss alone, forward and backward; prints the peak beyond the start in kilobytes."
-    from product_retrieval.losses import Contrastive
+def peers() -> dict:
+    "The same losses of other libraries, by name."
+    from open_clip.loss import ClipLoss, SigLipLoss
+    from pytorch_metric_learning.losses import NTXentLoss, SupConLoss
 
-    match = Contrastive(kind)
+    unit, twice = functional.normalize, lambda a: torch.arange(len(a)).repeat(2)
+    return {
+        "open_clip's ClipLoss": lambda a, b: ClipLoss()(unit(a), unit(b), 1 / 0.07),
+        "open_clip's SigLipLoss": lambda a, b: SigLipLoss()(unit(a), unit(b), 10.0, -10.0),
+        "pytorch-metric-learning's NTXentLoss": lambda a, b: NTXentLoss(0.07)(torch.cat([a, b]), twice(a)),
+        # the same number when no product comes twice
+        "pytorch-metric-learning's SupConLoss": lambda a, b: SupConLoss(0.07)(torch.cat([a, b]), twice(a)),
+    }
+
+
+def loss_once(name: str, count: int, dim: int) -> None:
+    "A loss alone, ours or a peer's, forward and backward; prints the peak beyond the start in kilobytes."
+    from product_retrieval.losses import KINDS, Contrastive
+
+    match = Contrastive(name) if name in KINDS else peers()[name]
     a, b = (torch.randn(count, dim, requires_grad=True) for _ in range(2))
     match(a[:4], b[:4]).backward()
     Path("/proc/self/clear_refs").write_text("5")
@@ -83,35 +97,36 @@ def bench_memory() -> None:
         ours = in_own_process("pretrain", kind, large, small)
         what = f"peak MB of a step of CAPTURE {name}, {kind}, batch {large} by gradient caching; peer: plain batch of {small}"
         line(what, ours, peer, "<= 1.2x the peer", ours <= 1.2 * peer)
-    for kind in ("nt-xent", "info-nce", "sigmoid"):
-        ours, one = in_own_process("loss", kind, large, 512), (2 * large if kind == "nt-xent" else large) ** 2 * 4 / 2**20
-        what = f"peak MB of {kind} alone, {large} x 512, forward and backward; peer: one table of logits in float32"
-        line(what, ours, one, "below the peer", QUICK or ours < one)
+    names = {
+        "nt-xent": "pytorch-metric-learning's SupConLoss",
+        "info-nce": "open_clip's ClipLoss",
+        "sigmoid": "open_clip's SigLipLoss",
+    }
+    for kind, name in names.items():
+        count = large // 2 if kind == "nt-xent" else large  # its table has twice the rows and columns
+        ours, peer = (in_own_process("loss", which, count, 512) for which in (kind, name))
+        what = f"peak MB of {kind} alone, {count} x 512, forward and backward; peer: {name}"
+        line(what, ours, peer, "below the peer", QUICK or ours < peer)
 
 
 def bench_speed() -> None:
     "Loss and gradient of two matrices of vectors."
-    from open_clip.loss import ClipLoss, SigLipLoss
-    from pytorch_metric_learning.losses import NTXentLoss, SupConLoss
-
     from product_retrieval.losses import info_nce, nt_xent, sigmoid_loss
 
-    unit, twice = functional.normalize, lambda a: torch.arange(len(a)).repeat(2)
-    clip = lambda a, b: ClipLoss()(unit(a), unit(b), 1 / 0.07)
-    siglip = lambda a, b: SigLipLoss()(unit(a), unit(b), 10.0, -10.0)
-    pairs = lambda a, b: NTXentLoss(0.07)(torch.cat([a, b]), twice(a))
-    supcon = lambda a, b: SupConLoss(0.07)(torch.cat([a, b]), twice(a))  # the same number when no product comes twice
-    peers = [("info-nce", "open_clip's ClipLoss", info_nce, clip, (256, 4096))]
-    peers += [("sigmoid", "open_clip's SigLipLoss", sigmoid_loss, siglip, (256, 4096))]
-    peers += [("nt-xent", "pytorch-metric-learning's NTXentLoss", nt_xent, pairs, (256,))]  # 34 GB at 1,024
-    peers += [("nt-xent", "pytorch-metric-learning's SupConLoss", nt_xent, supcon, (256, 2048))]
-    for kind, name, ours, peer, counts in peers:
+    jobs = [
+        ("info-nce", "open_clip's ClipLoss", info_nce, (256, 4096)),
+        ("sigmoid", "open_clip's SigLipLoss", sigmoid_loss, (256, 4096)),
+    ]
+    jobs += [("nt-xent", "pytorch-metric-learning's NTXentLoss", nt_xent, (256,))]  # 34 GB at 1,024
+    jobs += [("nt-xent", "pytorch-metric-learning's SupConLoss", nt_xent, (256, 2048))]
+    for kind, name, ours, counts in jobs:
+        peer = peers()[name]
         for count in (64,) if QUICK else counts:
             a, b = (torch.randn(count, 512, requires_grad=True) for _ in range(2))
-            jobs = [lambda f=f, a=a, b=b: torch.autograd.grad(f(a, b), (a, b)) for f in (ours, peer)]
-            for mine, theirs in zip(*(job() for job in jobs), strict=True):
+            both = [lambda f=f, a=a, b=b: torch.autograd.grad(f(a, b), (a, b)) for f in (ours, peer)]
+            for mine, theirs in zip(*(job() for job in both), strict=True):
                 torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-6)
-            seconds = alternate(*jobs)
+            seconds = alternate(*both)
             what = f"{kind}, {count} x 512, loss and gradient; peer: {name}, seconds"
             line(what, *seconds, "not slower than the peer", seconds[0] <= 1.05 * seconds[1])
 

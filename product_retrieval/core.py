@@ -201,12 +201,12 @@ def seed_everything(seed: int) -> None:
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
-# %% ../nbs/00b_house.ipynb #e4783567
+# %% ../nbs/00b_house.ipynb #e17e3bbd
 def keep_memory() -> bool:
-    "Keep up to 2 GB of freed memory for the next allocation (`mallopt` of glibc); False where the system has no such choice."
+    "Keep freed memory, some 2 GB, for the next allocation (`mallopt` of glibc); False where there is no such choice."
     import ctypes
 
-    if any(name in os.environ for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_")):
+    if any(name in os.environ for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")):
         return False  # the user has chosen
     try:
         choose = ctypes.CDLL("libc.so.6").mallopt

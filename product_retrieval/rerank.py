@@ -139,7 +139,7 @@ class Neighbours:
     distances: np.ndarray  # float32 [items, k]
     farthest: np.ndarray  # float32 [items], the largest distance of each item
 
-# %% ../nbs/14_rerank.ipynb #2ddeba87
+# %% ../nbs/14_rerank.ipynb #cf6c0db8
 BLOCK = 16_384  # items that ask at one time
 
 
@@ -147,16 +147,19 @@ def _farthest(items: np.ndarray, sample: int) -> np.ndarray:
     "The largest squared distance of each item to the others, or to a sample of them, float32 [items]."
     import faiss
 
-    chosen = np.arange(len(items))
+    some = items
     if sample < len(items):
-        chosen = np.sort(np.random.default_rng(0).choice(len(items), sample, replace=False))
-    lengths = np.einsum("nd,nd->n", items, items)
-    among = np.hstack([-2 * items[chosen], lengths[chosen, None]])
-    best = np.empty(len(items), np.float32)
+        some = items[np.sort(np.random.default_rng(0).choice(len(items), sample, replace=False))]
+    middle, best = some.mean(0, dtype=np.float64).astype(np.float32), np.empty(len(items), np.float32)
+    among = np.empty((len(some), some.shape[1] + 1), np.float32)
+    np.subtract(some, middle, out=among[:, :-1])
+    among[:, -1] = np.einsum("nd,nd->n", among[:, :-1], among[:, :-1])
+    among[:, :-1] *= -2
     for block in _blocks(len(items), BLOCK):
-        asking = np.hstack([items[block], np.ones((len(block), 1), np.float32)])
-        best[block] = faiss.knn(asking, among, 1, faiss.METRIC_INNER_PRODUCT)[0][:, 0]
-    return np.maximum(lengths + best, 0)
+        asking = np.pad(items[block] - middle, ((0, 0), (0, 1)), constant_values=1)
+        found = faiss.knn(asking, among, 1, faiss.METRIC_INNER_PRODUCT)[0][:, 0]
+        best[block] = found + np.einsum("nd,nd->n", asking[:, :-1], asking[:, :-1])
+    return np.maximum(best, 0)
 
 
 def _blocks(count: int, size: int) -> list[np.ndarray]:
@@ -183,7 +186,7 @@ def _settled(items: np.ndarray, near: np.ndarray, own: np.ndarray, k: int) -> tu
     order = np.lexsort((near, np.where(near == own[:, None], -1, distances)))[:, :k]
     return np.take_along_axis(near, order, 1), np.take_along_axis(distances, order, 1)
 
-# %% ../nbs/14_rerank.ipynb #274bbeef
+# %% ../nbs/14_rerank.ipynb #e42f64e7
 SLACK = 8  # more candidates than asked for, because products are rounded
 DEEP = 1024  # candidates where the slack does not tell the last neighbour from the next
 
@@ -194,22 +197,23 @@ def _nearest(items: np.ndarray, k: int) -> Neighbours:
 
     wide, farthest, unsure = min(len(items), k + SLACK), _farthest(items, len(items)), np.zeros(len(items), bool)
     rows, distances = np.empty((len(items), k), np.int32), np.empty((len(items), k), np.float32)
+    centred = items - items.mean(0, dtype=np.float64).astype(np.float32)
     for own in _blocks(len(items), BLOCK):
-        rounded, near = faiss.knn(items[own], items, wide)
+        rounded, near = faiss.knn(centred[own], centred, wide)
         rows[own], distances[own] = _settled(items, near, own, k)
         unsure[own] = rounded[:, -1] <= distances[own, -1] + 1e-5 * farthest[own]
     if wide < len(items):
-        _search_deeper(items, np.flatnonzero(unsure), rows, distances)
+        _search_deeper(items, centred, np.flatnonzero(unsure), rows, distances)
     return Neighbours(rows, distances, farthest)
 
-# %% ../nbs/14_rerank.ipynb #b7d581e7
-def _search_deeper(items: np.ndarray, unsure: np.ndarray, rows: np.ndarray, distances: np.ndarray) -> None:
+# %% ../nbs/14_rerank.ipynb #0a5c1c22
+def _search_deeper(items: np.ndarray, centred: np.ndarray, unsure: np.ndarray, rows: np.ndarray, distances: np.ndarray) -> None:
     "Settle items that have many equally near neighbours."
     import faiss
 
     for place in _blocks(len(unsure), 4096):
         own = unsure[place]
-        near = faiss.knn(items[own], items, min(len(items), DEEP))[1]
+        near = faiss.knn(centred[own], centred, min(len(items), DEEP))[1]
         rows[own], distances[own] = _settled(items, near, own, rows.shape[1])
 
 # %% ../nbs/14_rerank.ipynb #e37aecf7

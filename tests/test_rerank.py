@@ -1,5 +1,6 @@
 """Re-ranking: the same ranking as the dense published algorithm, twins, lists, bad input."""
 
+import faiss
 import numpy as np
 import pytest
 from rerank_oracle import rerank_dense
@@ -151,6 +152,31 @@ def test_neighbours_against_all_pairs():
     assert np.array_equal(near.rows[picked], np.argsort(square, axis=1, kind="stable")[:, :10])
     np.testing.assert_allclose(near.distances[picked], np.sort(square, axis=1)[:, :10], rtol=1e-5)
     np.testing.assert_allclose(near.farthest[picked], square.max(1), rtol=1e-4)
+
+
+@pytest.fixture
+def rounding():
+    "Faiss computes small searches from differences; make it take products, as it does for large ones."
+    before = faiss.cvar.distance_compute_blas_threshold
+    faiss.cvar.distance_compute_blas_threshold = 1
+    yield
+    faiss.cvar.distance_compute_blas_threshold = before
+
+
+@pytest.mark.parametrize("offset", [0, 100, 1000])
+def test_neighbours_where_products_are_rounded(rounding, offset):
+    "Far from the origin, and with more twins than the slack holds."
+    vectors = np.random.default_rng(1).normal(size=(600, 24)).astype(np.float32)
+    vectors[::15] = vectors[0]
+    vectors += np.float32(offset)
+    near = neighbours(vectors, 6, metric="euclidean")
+    square = ((vectors[:, None].astype(np.float64) - vectors[None]) ** 2).sum(2)
+    own = np.arange(len(vectors))
+    order = np.lexsort(
+        (np.broadcast_to(own, square.shape), np.where(np.eye(len(own), dtype=bool), -1, square.astype(np.float32)))
+    )
+    assert np.array_equal(near.rows, order[:, :6])
+    np.testing.assert_allclose(near.farthest, square.max(1), rtol=1e-3)
 
 
 def test_pair_distances():
