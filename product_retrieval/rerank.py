@@ -139,32 +139,38 @@ class Neighbours:
     distances: np.ndarray  # float32 [items, k]
     farthest: np.ndarray  # float32 [items], the largest distance of each item
 
-# %% ../nbs/14_rerank.ipynb #cf6c0db8
+# %% ../nbs/14_rerank.ipynb #65bcab67
 BLOCK = 16_384  # items that ask at one time
-
-
-def _farthest(items: np.ndarray, sample: int) -> np.ndarray:
-    "The largest squared distance of each item to the others, or to a sample of them, float32 [items]."
-    import faiss
-
-    some = items
-    if sample < len(items):
-        some = items[np.sort(np.random.default_rng(0).choice(len(items), sample, replace=False))]
-    middle, best = some.mean(0, dtype=np.float64).astype(np.float32), np.empty(len(items), np.float32)
-    among = np.empty((len(some), some.shape[1] + 1), np.float32)
-    np.subtract(some, middle, out=among[:, :-1])
-    among[:, -1] = np.einsum("nd,nd->n", among[:, :-1], among[:, :-1])
-    among[:, :-1] *= -2
-    for block in _blocks(len(items), BLOCK):
-        asking = np.pad(items[block] - middle, ((0, 0), (0, 1)), constant_values=1)
-        found = faiss.knn(asking, among, 1, faiss.METRIC_INNER_PRODUCT)[0][:, 0]
-        best[block] = found + np.einsum("nd,nd->n", asking[:, :-1], asking[:, :-1])
-    return np.maximum(best, 0)
 
 
 def _blocks(count: int, size: int) -> list[np.ndarray]:
     "The numbers below `count` in blocks."
     return [np.arange(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def _turned(some: np.ndarray, middle: np.ndarray) -> np.ndarray:
+    "For each y, less the middle: (-2 y, y.y), float32 [items, dim + 1]."
+    table = np.empty((len(some), some.shape[1] + 1), np.float32)
+    centred = np.subtract(some, middle, out=table[:, :-1])
+    table[:, -1] = np.einsum("nd,nd->n", centred, centred)
+    centred *= -2
+    return table
+
+# %% ../nbs/14_rerank.ipynb #df9d44f8
+def _farthest(items: np.ndarray, sample: int) -> np.ndarray:
+    "The largest squared distance of each item to the others, or to a sample of them, float32 [items]."
+    import faiss
+
+    some, best = items, np.empty(len(items), np.float32)
+    if sample < len(items):
+        some = items[np.sort(np.random.default_rng(0).choice(len(items), sample, replace=False))]
+    middle = some.mean(0, dtype=np.float64).astype(np.float32)
+    among = _turned(some, middle)
+    for block in _blocks(len(items), BLOCK):
+        asking = np.pad(items[block] - middle, ((0, 0), (0, 1)), constant_values=1)
+        found = faiss.knn(asking, among, 1, faiss.METRIC_INNER_PRODUCT)[0][:, 0]
+        best[block] = found + np.einsum("nd,nd->n", asking[:, :-1], asking[:, :-1])
+    return np.maximum(best, 0)
 
 # %% ../nbs/14_rerank.ipynb #a2375146
 def _distances(items: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
