@@ -18,7 +18,8 @@ bin_dir = Path(sys.executable).parent
 
 def run(*command: str | Path, **variables: str) -> None:
     "Run a command in the repository; a failure ends everything with one line."
-    environment = {**os.environ, **variables, "PATH": f"{bin_dir}{os.pathsep}{os.environ['PATH']}"}
+    calm = {"OMP_WAIT_POLICY": "passive"}  # threads that wait sleep: on a machine with other work, spinning costs minutes
+    environment = {**calm, **os.environ, **variables, "PATH": f"{bin_dir}{os.pathsep}{os.environ['PATH']}"}
     if subprocess.run([str(c) for c in command], cwd=root, env=environment).returncode:
         sys.exit(f"make test: failed: {' '.join(str(c) for c in command)}")
 
