@@ -127,12 +127,13 @@ def test_composed_boxes_are_inside_and_the_same_every_time(cutouts, number):
 
 
 def test_pasted_pictures_depend_on_seed_epoch_and_index_only(cutouts):
-    one, other = (d.PastedPictures(cutouts, size=64, count=10, batch_size=4, workers=w) for w in (0, 2))
-    for pictures in (one, other):
+    one, other, usual = (d.PastedPictures(cutouts, size=64, count=10, batch_size=4, workers=w) for w in (0, 2, None))
+    for pictures in (one, other, usual):
         pictures.set_epoch(3)
     assert len(one) == 3 and [len(batch) for batch in one] == [4, 4, 2]
     for a, b in zip(list(one)[1:], other.iter_from(1), strict=True):
         assert a.index == b.index and torch.equal(a.pixels, b.pixels) and torch.equal(a.boxes, b.boxes)
+    assert torch.equal(next(iter(usual)).pixels, next(iter(one)).pixels)
     before = one.picture(0)[0]
     one.set_epoch(4)
     assert (one.picture(0)[0] != before).any()

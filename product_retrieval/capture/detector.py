@@ -506,7 +506,7 @@ class PastedBatch:
         "The boxes of each picture, [count, 4]."
         return [boxes[:count] for boxes, count in zip(self.boxes, self.counts.tolist(), strict=True)]
 
-# %% ../../nbs/06a_detector.ipynb #a9a39bdc
+# %% ../../nbs/06a_detector.ipynb #4e6df896
 @dataclass(eq=False)
 class PastedPictures:
     "Endless new pictures of old products: picture number `index` of an epoch depends on (seed, epoch, index) only."
@@ -517,7 +517,7 @@ class PastedPictures:
     batch_size: int = 16
     config: PasteConfig = field(default_factory=PasteConfig)
     seed: int = 0
-    workers: int = 1  # threads that draw ahead
+    workers: int | None = None  # threads that draw ahead; None: one where torch leaves a core free
     epoch: int = 0
 
     def picture(self, index: int) -> tuple[np.ndarray, np.ndarray]:
@@ -544,7 +544,7 @@ class PastedPictures:
         chosen = rng.integers(len(self.cutouts), size=number)
         return compose([self.cutouts.products[i] for i in chosen], self.cutouts.corners, rng, self.size, self.config)
 
-# %% ../../nbs/06a_detector.ipynb #5a054162
+# %% ../../nbs/06a_detector.ipynb #923ede7b
 def _batch_of(pictures: PastedPictures, epoch: int, number: int) -> PastedBatch:
     "Batch `number` of an epoch."
     first = number * pictures.batch_size
@@ -559,10 +559,12 @@ def _batch_of(pictures: PastedPictures, epoch: int, number: int) -> PastedBatch:
 
 def _drawn_ahead(pictures: PastedPictures, epoch: int, start: int) -> Iterator[PastedBatch]:
     "Batches in order, drawn by threads while the caller computes."
-    if not pictures.workers:
+    free = torch.cuda.is_available() or torch.get_num_threads() < (os.cpu_count() or 1)
+    workers = int(free) if pictures.workers is None else pictures.workers
+    if not workers:
         yield from (_batch_of(pictures, epoch, number) for number in range(start, len(pictures)))
         return
-    with ThreadPoolExecutor(pictures.workers) as pool:
+    with ThreadPoolExecutor(workers) as pool:
         waiting = [pool.submit(_batch_of, pictures, epoch, n) for n in range(start, min(start + 2, len(pictures)))]
         for number in range(start, len(pictures)):
             if number + 2 < len(pictures):
