@@ -209,9 +209,9 @@ CAPTURE_SYSTEMS: dict[str, tuple[str, Callable]] = {
     "CAPTURE instance-level": ("both, fused; every proposal asks", _by_capture("both", "projections", instances=True)),
 }
 
-# %% ../nbs/00a_tour.ipynb #83191502
+# %% ../nbs/00a_tour.ipynb #787ecda1
 def _v2l_recipe(job: Job, catalog: Catalog, systems: Path) -> Any:
-    "The members of the ensemble, which go on from the image model; without the one that learns from titles when there are none."
+    "The three models of V2L, which go on from the image model; without the one that learns from titles when there are none."
     from product_retrieval.training import load_recipe
     from product_retrieval.v2l.ensemble import EnsembleRecipe
 
@@ -220,9 +220,9 @@ def _v2l_recipe(job: Job, catalog: Catalog, systems: Path) -> Any:
     start = {"backbone": _recipe(job).backbone, "weights": str(systems / "image_model/training/model/model.safetensors")}
     return replace(recipe, members=[replace(m, overrides={**m.overrides, **start, "seed": job.seed}) for m in kept])
 
-# %% ../nbs/00a_tour.ipynb #a5afaf5f
+# %% ../nbs/00a_tour.ipynb #8e20d45a
 def _by_member(name: str) -> Callable:
-    "Rankings by one member of the ensemble."
+    "Rankings by one model of V2L."
 
     def system(job: Job, catalog: Catalog, folder: Path) -> np.ndarray:
         from product_retrieval.encoders import load_encoder
