@@ -1,5 +1,6 @@
 """Runs in an environment that holds only the wheel: what a practitioner gets with `pip install product_retrieval`."""
 
+import ast
 import importlib.metadata
 import importlib.util
 import subprocess
@@ -20,6 +21,17 @@ def fastest(command: list[str], runs: int = 3) -> float:
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=tempfile.gettempdir())
         times.append(time.perf_counter() - start)
     return min(times)
+
+
+def imports_of(path: Path) -> set[str]:
+    "The packages that a module imports anywhere, inside functions too."
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {name.name.partition(".")[0] for name in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            found.add(node.module.partition(".")[0])
+    return found
 
 
 def main() -> None:
@@ -47,7 +59,11 @@ def main() -> None:
         name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
         if not parts[-1].startswith("_") or parts[-1] == "__init__":
             importlib.import_module(name)
-    print("every module imports")
+    not_here = {"tomli"} if sys.version_info >= (3, 11) else set()
+    used = set().union(*(imports_of(path) for path in package.rglob("*.py") if path.stem != "teaching"))  # it is for chapters
+    missing = sorted(name for name in used - not_here if importlib.util.find_spec(name) is None)
+    assert not missing, f"the package imports {', '.join(missing)}, which its requirements do not bring"
+    print("every module imports, and what functions import is there")
     for arguments in (["doctor"], ["datasets"]):
         subprocess.run([script, *arguments], check=True, stdout=subprocess.DEVNULL)
     print("doctor and datasets run")
